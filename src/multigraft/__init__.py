@@ -1,0 +1,69 @@
+"""Multigraft: many adapters, one frozen base, side by side.
+
+The names are PEFT's, so that ``from peft import ...`` becomes ``from multigraft import ...``.
+"""
+
+from multigraft.auto import get_peft_model
+from multigraft.config import PeftConfig, PeftType, TaskType
+from multigraft.errors import (
+    AdapterNameError,
+    CheckpointError,
+    ConfigError,
+    MissingExtraError,
+    MultigraftError,
+    MultigraftWarning,
+    NestingError,
+    RoutingError,
+    StateError,
+    TargetError,
+    UnsupportedError,
+)
+from multigraft.layer import AdaptedLayer
+from multigraft.methods.lora import LoraConfig
+from multigraft.model import PeftModel
+from multigraft.state import get_peft_model_state_dict, set_peft_model_state_dict
+from multigraft.status import get_layer_status, get_model_status
+from multigraft.tasks import (
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+)
+from multigraft.tuner import inject_adapter_in_model
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdaptedLayer",
+    "AdapterNameError",
+    "CheckpointError",
+    "ConfigError",
+    "LoraConfig",
+    "MissingExtraError",
+    "MultigraftError",
+    "MultigraftWarning",
+    "NestingError",
+    "PeftConfig",
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "PeftType",
+    "RoutingError",
+    "StateError",
+    "TargetError",
+    "TaskType",
+    "UnsupportedError",
+    "__version__",
+    "get_layer_status",
+    "get_model_status",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "inject_adapter_in_model",
+    "set_peft_model_state_dict",
+]

@@ -1,0 +1,68 @@
+"""From a config to the class that serves its task, and `get_peft_model`."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from multigraft import tasks
+from multigraft.config import PeftConfig, TaskType
+from multigraft.errors import UnsupportedError
+from multigraft.model import PeftModel
+
+TASK_CLASSES: dict[str, type[PeftModel]] = {
+    TaskType.CAUSAL_LM: tasks.PeftModelForCausalLM,
+    TaskType.FEATURE_EXTRACTION: tasks.PeftModelForFeatureExtraction,
+    TaskType.QUESTION_ANS: tasks.PeftModelForQuestionAnswering,
+    TaskType.SEQ_2_SEQ_LM: tasks.PeftModelForSeq2SeqLM,
+    TaskType.SEQ_CLS: tasks.PeftModelForSequenceClassification,
+    TaskType.TOKEN_CLS: tasks.PeftModelForTokenClassification,
+}
+
+
+def class_for(config: PeftConfig) -> type[PeftModel]:
+    """The `PeftModel` class of the config's task."""
+    return TASK_CLASSES.get(str(config.task_type), PeftModel)
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    """Graft an adapter onto a model and return the handle to both.
+
+    Called again on the same model (or on a handle to it), it grafts a further adapter beside the
+    first ones; both handles see the same adapters.
+
+    Args:
+        model: the base model, which is adapted in place.
+        peft_config: what to graft; it is copied, never changed.
+        adapter_name: its name; letters, digits and most punctuation, no path separators.
+        mixed: kept for PEFT's signature; adapters of different methods need no special class here.
+        autocast_adapter_dtype: keep float32 adapters on a half-precision base.
+        revision: the base model's revision on the hub, noted in the config.
+        low_cpu_mem_usage: make the adapter's tensors on the meta device.
+
+    Raises:
+        AdapterNameError: the name is taken or cannot name a folder.
+        TargetError: the config does not fit the model; the model is as it was.
+    """
+    if not isinstance(peft_config, PeftConfig):
+        raise UnsupportedError(
+            f"`peft_config` (={type(peft_config).__name__}) must be a config of Multigraft, such as "
+            "multigraft.LoraConfig. Change the import of the config as well."
+        )
+    if revision is not None:
+        peft_config = peft_config.copy()
+        peft_config.revision = peft_config.revision or revision
+    return class_for(peft_config)(
+        model,
+        peft_config,
+        adapter_name=adapter_name,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+    )

@@ -1,0 +1,91 @@
+"""What a geometry is: how a low-rank pair runs through one kind of layer.
+
+A geometry is stateless; every call names the base layer. It alone knows how the layer's weight is
+laid out (Conv1D stores it transposed, an embedding is a lookup); no method ever sees that.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from multigraft.registry import TypeRegistry, qualified_name
+
+
+class Geometry:
+    """How one kind of layer is shaped. ``in_``/``out`` are the sizes of the matrix it stands for."""
+
+    name: ClassVar[str]
+    is_linear: ClassVar[bool] = False
+    """Whether ``target_modules="all-linear"`` includes this kind of layer."""
+    factors: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
+    """Names of a low-rank pair's tensors, in memory and on disk."""
+
+    def sizes(self, layer: nn.Module) -> tuple[int, int]:
+        """``(in, out)`` of the layer."""
+        raise NotImplementedError(f"{type(self).__name__} must define `sizes`")
+
+    def understands(self, layer: nn.Module) -> bool:
+        """Whether the layer runs the forward that this geometry describes, not one of its own."""
+        for cls in type(layer).__mro__:
+            if GEOMETRIES.find(cls) is self and qualified_name(cls) in dict(GEOMETRIES.items()):
+                return True
+            if "forward" in vars(cls):
+                return False
+        return False
+
+    def factor_shapes(self, layer: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A and B; ``(rank, in)`` and ``(out, rank)`` unless the layer is not a matrix."""
+        in_, out = self.sizes(layer)
+        return (rank, in_), (out, rank)
+
+    def check_rank(self, layer: nn.Module, rank: int) -> str | None:
+        """Why this rank cannot be used on this layer, or ``None``."""
+        return None
+
+    def project(self, layer: nn.Module, x: Tensor, A: Tensor) -> Tensor:
+        """The shrink: ``x`` (the layer's own input) to ``(..., rank)`` or its spatial kin."""
+        raise NotImplementedError(f"{type(self).__name__} must define `project`")
+
+    def lift(self, layer: nn.Module, h: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The expand: ``h`` of `project` to the layer's output."""
+        raise NotImplementedError(f"{type(self).__name__} must define `lift`")
+
+    def add_low_rank(
+        self, layer: nn.Module, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float
+    ) -> Tensor:
+        """``y + scale * lift(project(x, A), B)``; a geometry with a fused kernel overrides it."""
+        update = self.lift(layer, self.project(layer, x, A), B)
+        return y + (update * scale).to(y.dtype)
+
+    def product(self, layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
+        """``B A`` in the layout and shape of the layer's weight."""
+        raise NotImplementedError(f"{type(self).__name__} must define `product`")
+
+    def as_matrix(self, layer: nn.Module, W: Tensor) -> Tensor:
+        """The weight as a matrix ``(out, in)``; convolution kernels are flattened into ``in``."""
+        return W
+
+    def from_matrix(self, layer: nn.Module, M: Tensor) -> Tensor:
+        """The inverse of `as_matrix`: a matrix ``(out, in)`` back in the weight's own layout."""
+        return M
+
+    def feature_axis(self, layer: nn.Module) -> int:
+        """The axis of the *output* that runs over the layer's ``out`` features."""
+        return -1
+
+    def input_dtype(self, x: Tensor, A: Tensor) -> torch.dtype:
+        """The dtype in which the low-rank path is computed: the input's, so that the small
+        factors are cast and never the activations."""
+        return x.dtype if x.is_floating_point() else A.dtype
+
+
+GEOMETRIES: TypeRegistry[Geometry] = TypeRegistry("geometry")
+"""Kinds of layers by type; a new kind is one file that registers itself here."""
+
+
+def geometry_of(layer: nn.Module) -> Geometry | None:
+    """The geometry that serves this layer, or ``None`` when no adapter can act on it."""
+    return GEOMETRIES.find(type(layer))

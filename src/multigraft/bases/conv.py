@@ -1,0 +1,79 @@
+"""Convolutions: A is a convolution with the base's own kernel, B a 1x1 convolution.
+
+    ΔW[o, i, k...] = Σ_r B[o, r] A[r, i, k...]        A: (rank, in, k...)   B: (out, rank/groups, 1...)
+
+With ``groups`` g the base sees ``in/g`` channels per group. PEFT's layout is kept: A is dense over
+all input channels, B is grouped. Such an update reaches weights that a grouped kernel does not
+have, so it runs but cannot be merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from multigraft.bases.contract import GEOMETRIES, Geometry
+from multigraft.errors import UnsupportedError
+
+_CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class Conv(Geometry):
+    """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``: weight ``(out, in/groups, k...)``."""
+
+    name = "conv"
+
+    def sizes(self, layer: nn.Module) -> tuple[int, int]:
+        return int(layer.in_channels), int(layer.out_channels)  # type: ignore[arg-type]
+
+    def factor_shapes(self, layer: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        conv = cast(Any, layer)
+        in_, out = self.sizes(layer)
+        ones = (1,) * len(conv.kernel_size)
+        return (rank, in_, *conv.kernel_size), (out, rank // conv.groups, *ones)
+
+    def check_rank(self, layer: nn.Module, rank: int) -> str | None:
+        groups = cast(Any, layer).groups
+        if rank % groups:
+            return f"`rank` (={rank}) must be a multiple of the convolution's `groups` (={groups})"
+        return None
+
+    def project(self, layer: nn.Module, x: Tensor, A: Tensor) -> Tensor:
+        conv = cast(Any, layer)
+        padding = conv.padding
+        if conv.padding_mode != "zeros":
+            x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+            padding = 0
+        return _CONV[len(conv.kernel_size)](
+            x, A, stride=conv.stride, padding=padding, dilation=conv.dilation
+        )
+
+    def lift(self, layer: nn.Module, h: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
+        conv = cast(Any, layer)
+        return _CONV[len(conv.kernel_size)](h, B, bias, groups=conv.groups)
+
+    def product(self, layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
+        groups = cast(Any, layer).groups
+        if groups > 1:
+            raise UnsupportedError(
+                f"a low-rank update of a convolution with `groups` (={groups}) > 1 reaches weights "
+                "that the grouped kernel does not have: it cannot be merged; keep it as an adapter"
+            )
+        return torch.einsum("or,ri...->oi...", B.flatten(1), A)
+
+    def as_matrix(self, layer: nn.Module, W: Tensor) -> Tensor:
+        return W.flatten(1)
+
+    def from_matrix(self, layer: nn.Module, M: Tensor) -> Tensor:
+        shape = cast(Any, layer).weight.shape
+        return M.reshape(shape)
+
+    def feature_axis(self, layer: nn.Module) -> int:
+        return -1 - len(cast(Any, layer).kernel_size)
+
+
+GEOMETRIES.register(nn.Conv1d, nn.Conv2d, nn.Conv3d)(Conv())

@@ -1,0 +1,57 @@
+"""Linear layers: ``y = x Wᵀ + b``, and transformers' Conv1D, which stores ``Wᵀ``."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from multigraft import kernels
+from multigraft.bases.contract import GEOMETRIES, Geometry
+
+
+class Linear(Geometry):
+    """``nn.Linear`` and its kin: weight ``(out, in)``."""
+
+    name = "linear"
+    is_linear = True
+
+    def sizes(self, layer: nn.Module) -> tuple[int, int]:
+        return int(layer.in_features), int(layer.out_features)  # type: ignore[arg-type]
+
+    def project(self, layer: nn.Module, x: Tensor, A: Tensor) -> Tensor:
+        return F.linear(x, A)
+
+    def lift(self, layer: nn.Module, h: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(h, B, bias)
+
+    def add_low_rank(
+        self, layer: nn.Module, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float
+    ) -> Tensor:
+        return kernels.low_rank_add(y, x, A, B, scale)
+
+    def product(self, layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
+        return B @ A
+
+
+class TransposedLinear(Linear):
+    """A linear layer whose weight is stored ``(in, out)``."""
+
+    name = "conv1d_transposed"
+
+    def sizes(self, layer: nn.Module) -> tuple[int, int]:
+        in_, out = layer.weight.shape  # type: ignore[union-attr, misc]
+        return int(in_), int(out)
+
+    def product(self, layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
+        return torch.mm(A.T, B.T)
+
+    def as_matrix(self, layer: nn.Module, W: Tensor) -> Tensor:
+        return W.T
+
+    def from_matrix(self, layer: nn.Module, M: Tensor) -> Tensor:
+        return M.T
+
+
+GEOMETRIES.register(nn.Linear)(Linear())
+GEOMETRIES.register("transformers.pytorch_utils.Conv1D")(TransposedLinear())

@@ -1,0 +1,254 @@
+"""The disk format: ``adapter_config.json`` and ``adapter_model.safetensors``, as PEFT writes them.
+
+What an adapter owns is asked of its grafts; no key is ever recognised by a substring. Saving is
+atomic. Loading compares every name and shape with what the config means on this model before
+anything is changed, and fails with a report unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from multigraft.atomic import write_files, write_text
+from multigraft.config import CONFIG_NAME, PeftConfig
+from multigraft.errors import CheckpointError, MissingExtraError
+from multigraft.keys import PREFIX, memory_name, saved_tensors, strip_prefix
+from multigraft.roster import Roster
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+
+
+@dataclass
+class LoadReport:
+    """What a file and a model disagree about; empty when they agree.
+
+    Args:
+        missing_keys: tensors that the adapter has and the file lacks.
+        unexpected_keys: tensors that the file has and the adapter lacks.
+        mismatched_keys: (key, shape in the file, shape in the model).
+        nonfinite_keys: tensors of the file that hold NaN or infinity.
+    """
+
+    missing_keys: list[str] = field(default_factory=list)
+    unexpected_keys: list[str] = field(default_factory=list)
+    mismatched_keys: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(
+        default_factory=list
+    )
+    nonfinite_keys: list[str] = field(default_factory=list)
+
+    def check(self, where: str, strict: bool = True, ignore_mismatched_sizes: bool = False) -> None:
+        """Raise `CheckpointError` with the whole report unless everything is in order or allowed."""
+        problems = []
+        if strict:
+            problems += _listing("missing from the file", self.missing_keys)
+            problems += _listing("not part of this adapter on this model", self.unexpected_keys)
+            problems += _listing("NaN or infinity in", self.nonfinite_keys)
+        if not ignore_mismatched_sizes:
+            shapes = [f"{k} {a} instead of {b}" for k, a, b in self.mismatched_keys]
+            problems += _listing("of another shape than the model needs", shapes)
+        if problems:
+            raise CheckpointError(
+                f"{where} does not fit: {'; '.join(problems)}. Is it meant for this base model and "
+                "this config? Nothing was changed. Pass strict=False (ignore_mismatched_sizes=True "
+                "for shapes) to load what fits."
+            )
+
+
+def compare(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]
+) -> tuple[LoadReport, dict[str, Tensor]]:
+    """The report, and the tensors that fit; keys are relative to the base model."""
+    report = LoadReport(missing_keys=[PREFIX + k for k in expected if k not in found])
+    good = {}
+    for key, tensor in found.items():
+        if key not in expected:
+            report.unexpected_keys.append(PREFIX + key)
+        elif tuple(tensor.shape) != tuple(expected[key]):
+            shapes = tuple(tensor.shape), tuple(expected[key])
+            report.mismatched_keys.append((PREFIX + key, *shapes))
+        else:
+            good[key] = tensor
+            if tensor.is_floating_point() and not _is_finite(tensor):
+                report.nonfinite_keys.append(PREFIX + key)
+    return report, good
+
+
+def adapter_state(
+    roster: Roster, adapter: str, gathered: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """An adapter's own tensors by key on disk, relative to the base model.
+
+    Args:
+        gathered: a state dict of the base model to take the values from (sharded training).
+    """
+    state = {}
+    for layer in roster.layers[adapter]:
+        for key, graft, name in saved_tensors(layer, adapter):
+            if gathered is not None and memory_name(graft, name) in gathered:
+                state[key] = gathered[memory_name(graft, name)]
+            else:
+                state[key] = graft.params[name]
+    return state
+
+
+def save(directory: Path, config: PeftConfig, state: Mapping[str, Tensor]) -> None:
+    """Write one adapter's two files into ``directory``, both or neither.
+
+    Args:
+        state: tensors by key relative to the base model.
+
+    Raises:
+        CheckpointError: a tensor has no values, or the disk refuses; old files stay as they were.
+    """
+    tensors = {PREFIX + key: _for_disk(key, tensor) for key, tensor in state.items()}
+    text = config.to_json()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_files(
+            {
+                directory / WEIGHTS_NAME: lambda p: save_file(tensors, p, {"format": "pt"}),
+                directory / CONFIG_NAME: lambda p: _write_utf8(p, text),
+            }
+        )
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{directory}: the adapter could not be saved ({error}). Files that were there before "
+            "are unchanged; free some space or choose another directory."
+        ) from error
+
+
+def save_card(directory: Path, config: PeftConfig, method: str) -> None:
+    """Write a model card unless the user has one there."""
+    card = directory / "README.md"
+    if card.exists():
+        return
+    base = config.base_model_name_or_path
+    lines = ["---", *([f"base_model: {base}"] if base else []), "library_name: peft", "tags:"]
+    lines += [f"- {method.lower()}", "- multigraft", "---", "", f"# {method} adapter", ""]
+    lines += [
+        f"An adapter for `{base or 'an unnamed base model'}`, saved by Multigraft in PEFT's format.",
+        "",
+    ]
+    write_text(card, "\n".join(lines))
+
+
+def read(path: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint file, on the CPU, by key relative to the base model.
+
+    Raises:
+        CheckpointError: the file is damaged, or is a pickle and ``allow_pickle`` is not set.
+    """
+    if path.name == PICKLE_NAME:
+        if not allow_pickle:
+            raise CheckpointError(
+                f"{path} is a pickle, which can run code when it is read. Convert it to "
+                "safetensors, or pass allow_pickle=True if you trust where it comes from."
+            )
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    else:
+        try:
+            tensors = load_file(path, device="cpu")
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged or no safetensors file ({error}).") from error
+    return {strip_prefix(key): tensor for key, tensor in tensors.items()}
+
+
+def rename(tensors: Mapping[str, Tensor], mapping: Mapping[str, str] | None) -> dict[str, Tensor]:
+    """Keys with the first regular expression of ``mapping`` that matches replaced."""
+    renamed = {}
+    for key, tensor in tensors.items():
+        for pattern, replacement in (mapping or {}).items():
+            key, count = re.subn(pattern, replacement, key)
+            if count:
+                break
+        renamed[key] = tensor
+    return renamed
+
+
+def locate(
+    source: str | os.PathLike[str], filename: str, *, subfolder: str | None = "", **hub: Any
+) -> Path:
+    """The local path of an adapter's file, fetched from the hub when ``source`` is no directory.
+
+    Args:
+        hub: `revision`, `token`, `cache_dir`, `local_files_only` and others of huggingface_hub.
+
+    Raises:
+        CheckpointError: there is no such file.
+    """
+    folder = Path(source).expanduser()
+    inside = folder / (subfolder or "")
+    if (inside / filename).is_file():
+        return inside / filename
+    if folder.is_dir() or folder.is_absolute() or str(source).startswith("."):
+        raise CheckpointError(f"{inside} holds no {filename}.{_nearby(folder, filename)}")
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise MissingExtraError(
+            f"`{source}` is no local directory, and fetching it from the hub needs huggingface_hub: "
+            "pip install 'multigraft[train]'."
+        ) from error
+    known = ("revision", "token", "cache_dir", "local_files_only", "force_download", "repo_type")
+    options = {k: v for k, v in hub.items() if k in known and v is not None}
+    try:
+        return Path(hf_hub_download(str(source), filename, subfolder=subfolder or None, **options))
+    except Exception as error:
+        raise CheckpointError(
+            f"`{source}` is no local directory, and the hub gives no {filename} for it ({error})."
+        ) from error
+
+
+def locate_weights(source: str | os.PathLike[str], **where: Any) -> Path:
+    """The path of an adapter's weights; safetensors before pickles."""
+    try:
+        return locate(source, WEIGHTS_NAME, **where)
+    except CheckpointError as error:
+        try:
+            return locate(source, PICKLE_NAME, **where)
+        except CheckpointError:
+            raise error from None
+
+
+def _for_disk(key: str, tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    if tensor.is_meta or tensor.numel() == 0:
+        raise CheckpointError(
+            f"`{key}` holds no values (shape {tuple(tensor.shape)} on {tensor.device}): sharded or "
+            "meta tensors must be gathered before saving; pass the full state_dict=."
+        )
+    # The format refuses tensors that share memory (a stand-in's tied weights, say): copies do not.
+    return tensor.to("cpu").clone(memory_format=torch.contiguous_format)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return tensor.is_meta or bool(torch.isfinite(tensor).all())
+
+
+def _listing(what: str, names: list[str], limit: int = 5) -> list[str]:
+    if not names:
+        return []
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return [f"{what}: {', '.join(names[:limit])}{more}"]
+
+
+def _nearby(folder: Path, filename: str) -> str:
+    if not folder.is_dir():
+        return " There is no such directory."
+    names = sorted(p.parent.name for p in folder.glob(f"*/{filename}"))
+    return f" Adapters in its subfolders: {', '.join(names)} (pass subfolder=)." if names else ""
+
+
+def _write_utf8(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

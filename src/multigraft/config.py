@@ -1,0 +1,314 @@
+"""Adapter configs: validated dataclasses, to and from ``adapter_config.json``.
+
+The shared fields stand here once; a method's own file adds the few that it needs. A config is the
+user's: the library copies it and never changes it. Keys of a file that this version does not know
+are kept in `extra`, named in a warning and written back.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, ClassVar
+
+from multigraft.errors import ConfigError, MultigraftWarning, did_you_mean
+from multigraft.registry import Registry
+
+CONFIG_NAME = "adapter_config.json"
+FORMAT_VERSION = "0.21.2"
+"""The PEFT release whose file format we write; readers compare it with their own version."""
+
+
+class PeftType(str, Enum):
+    """Names of methods in files, as PEFT spells them; a registered method of one's own joins them."""
+
+    LORA = "LORA"
+    ADALORA = "ADALORA"
+    ADAPTION_PROMPT = "ADAPTION_PROMPT"
+    HIRA = "HIRA"
+    IA3 = "IA3"
+    LN_TUNING = "LN_TUNING"
+    LOHA = "LOHA"
+    LOKR = "LOKR"
+    OFT = "OFT"
+    P_TUNING = "P_TUNING"
+    PREFIX_TUNING = "PREFIX_TUNING"
+    PROMPT_TUNING = "PROMPT_TUNING"
+    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
+    VERA = "VERA"
+    __str__ = str.__str__
+
+    @classmethod
+    def _missing_(cls, value: object) -> PeftType | None:
+        if not isinstance(value, str) or value not in CONFIGS:
+            return None
+        member = str.__new__(cls, value)
+        member._name_ = member._value_ = value
+        return member
+
+
+class TaskType(str, Enum):
+    """What the model is for; it chooses the task class and the default saved head."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+    __str__ = str.__str__
+
+
+CONFIGS: Registry[type[PeftConfig]] = Registry("peft_type")
+"""Config classes by ``peft_type``, filled by the methods' files."""
+
+
+@dataclass
+class PeftConfig:
+    """What every adapter has, whatever its method.
+
+    Args:
+        task_type: what the model is for, a `TaskType` or its name.
+        peft_type: the method; set by the subclass.
+        auto_mapping: class and library of a base model without a task type (as PEFT writes it).
+        peft_version: version of the file format that a loaded config was written with.
+        base_model_name_or_path: the base that the adapter belongs to.
+        revision: revision of the base model on the hub.
+        inference_mode: whether a new adapter of this config starts frozen.
+
+    Raises:
+        ConfigError: a value is outside what its field allows.
+    """
+
+    task_type: str | TaskType | None = None
+    peft_type: str | PeftType | None = None
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+    _not_saved: ClassVar[frozenset[str]] = frozenset()
+    _unbuilt: ClassVar[Mapping[str, Any]] = {}
+    """Fields of PEFT's config that are not built, with the only value that is accepted."""
+
+    def __post_init__(self) -> None:
+        self.extra: dict[str, Any] = {}
+        if self.peft_type is not None:
+            self.peft_type = PeftType(self.peft_type)
+        if self.task_type is not None and self.task_type not in set(TaskType):
+            known = ", ".join(t.value for t in TaskType)
+            raise ConfigError(f"`task_type` (={self.task_type!r}) must be one of {known}, or None.")
+        for name, neutral in self._unbuilt.items():
+            value = getattr(self, name)
+            if value and value != neutral:
+                raise ConfigError(
+                    f"{type(self).__name__}: `{name}` (={value!r}) is an option of PEFT that "
+                    f"Multigraft does not have yet. Leave it at {neutral!r}, or use PEFT for it."
+                )
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether the method changes the context rather than a weight."""
+        return False
+
+    def copy(self) -> PeftConfig:
+        """A deep copy; the model keeps one, so that later edits of the original change nothing."""
+        return copy.deepcopy(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field that goes into the file, with plain values; unknown keys come along."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values |= self.extra
+        return {k: _plain(v) for k, v in values.items() if k not in self._not_saved}
+
+    def to_json(self) -> str:
+        """The text of ``adapter_config.json``: sorted keys, indent 2, frozen for inference."""
+        saved = self.to_dict() | {"inference_mode": True, "peft_version": FORMAT_VERSION}
+        return json.dumps(saved, indent=2, sort_keys=True)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **_: Any) -> None:
+        """Write ``adapter_config.json`` into the directory, atomically."""
+        from multigraft.atomic import write_text
+
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_text(directory / CONFIG_NAME, self.to_json())
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PeftConfig:
+        """The config that a file's keys describe, of the class that its ``peft_type`` names.
+
+        Raises:
+            ConfigError: ``peft_type`` is missing, or a value is not allowed.
+            UnsupportedError: ``peft_type`` names a method that we do not have.
+        """
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{CONFIG_NAME} must hold an object, not {type(values).__name__}.")
+        kind = values.get("peft_type")
+        if kind is None:
+            raise ConfigError(f"{CONFIG_NAME} has no `peft_type`; it is not an adapter's config.")
+        klass = CONFIGS[str(kind)]
+        if cls is not PeftConfig and not issubclass(klass, cls):
+            raise ConfigError(f"`peft_type` (={kind!r}) is not what {cls.__name__} describes.")
+        known = {f.name for f in dataclasses.fields(klass)}
+        config = klass(**{k: v for k, v in values.items() if k in known})
+        config.extra = {k: v for k, v in values.items() if k not in known}
+        if config.extra:
+            names = ", ".join(f"`{k}`" for k in sorted(config.extra))
+            warnings.warn(
+                f"{CONFIG_NAME}: unknown keys {names} (written by version "
+                f"{values.get('peft_version')!r}) are kept but have no effect here.",
+                MultigraftWarning,
+                stacklevel=2,
+            )
+        return config
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str = "", **hub: Any
+    ) -> PeftConfig:
+        """Read the config of a local directory or of a hub repository."""
+        from multigraft.checkpoint import locate
+
+        path = locate(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{path}: not valid JSON ({error}).") from error
+        return cls.from_dict(values)
+
+
+@dataclass
+class TargetedConfig(PeftConfig):
+    """A config of a method that acts on sites: what to target, and the exceptions per site.
+
+    Args:
+        target_modules: names (suffixes of dotted paths), a regular expression that matches whole
+            paths, ``"all-linear"``, or None for the architecture's usual ones.
+        exclude_modules: names or a regular expression; wins over `target_modules`.
+        modules_to_save: modules that this adapter trains whole copies of.
+        layers_to_transform: indices of the layers to adapt; all by default.
+        layers_pattern: name of the module list that holds the layers, e.g. ``"layers"``.
+    """
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.target_modules = _names("target_modules", self.target_modules)
+        if self.target_modules == ["all-linear"]:
+            self.target_modules = "all-linear"
+        if isinstance(self.target_modules, list) and "all-linear" in self.target_modules:
+            raise ConfigError(
+                '`target_modules`: "all-linear" stands alone, not in a list with other names. '
+                'Write target_modules="all-linear", or list the names.'
+            )
+        self.exclude_modules = _names("exclude_modules", self.exclude_modules)
+        saved = self.modules_to_save
+        self.modules_to_save = (
+            [saved] if isinstance(saved, str) else _names("modules_to_save", saved)
+        )  # type: ignore[assignment]
+        pattern = self.layers_pattern
+        self.layers_pattern = [pattern] if isinstance(pattern, str) and pattern else pattern
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError(
+                f"`layers_pattern` (={pattern!r}) needs `layers_to_transform`: the indices to adapt."
+            )
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            _check_regex("target_modules", self.target_modules)
+            if self.layers_to_transform is not None:
+                raise ConfigError(
+                    "`layers_to_transform` cannot be combined with a regular expression in "
+                    f"`target_modules` (={self.target_modules!r}): put the indices in the expression."
+                )
+        if isinstance(self.exclude_modules, str):
+            _check_regex("exclude_modules", self.exclude_modules)
+
+
+def pattern_value(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of ``path``, or ``default``.
+
+    A pattern is a regular expression that must match whole path components from some dot on.
+    """
+    key = matching_pattern(patterns, path)
+    return default if key is None else patterns[key]
+
+
+def matching_pattern(patterns: Mapping[str, Any], path: str) -> str | None:
+    """The first key of ``patterns`` that matches ``path``, or None."""
+    return next((k for k in patterns if re.match(rf"(.*\.)?({k})$", path)), None)
+
+
+def require(condition: bool, where: str, name: str, value: Any, required: str) -> None:
+    """Raise `ConfigError` in the house form unless ``condition`` holds."""
+    if not condition:
+        raise ConfigError(f"{where}: `{name}` (={value!r}) must be {required}.")
+
+
+def check_choice(where: str, name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise `ConfigError` unless ``value`` is one of ``choices``; suggests the nearest."""
+    if value not in choices:
+        raise ConfigError(
+            f"{where}: `{name}` (={value!r}) must be one of {', '.join(map(repr, choices))}."
+            + did_you_mean(str(value), choices)
+        )
+
+
+def _names(field_name: str, value: Any) -> Any:
+    """A list of strings in a stable order, a string, or None."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, (set, frozenset)):
+        value = sorted(value)
+    names = list(value)
+    if not all(isinstance(n, str) and n for n in names):
+        raise ConfigError(f"`{field_name}` (={names!r}) must hold non-empty strings.")
+    return list(dict.fromkeys(names))
+
+
+def _check_regex(field_name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(
+            f"`{field_name}` (={pattern!r}) is read as a regular expression and is not one "
+            f"({error}). To name modules, give a list: [{pattern!r}]."
+        ) from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {k: _plain(v) for k, v in dataclasses.asdict(value).items()}
+    return value
+
+
+__all__ = [
+    "CONFIGS",
+    "CONFIG_NAME",
+    "PeftConfig",
+    "PeftType",
+    "TargetedConfig",
+    "TaskType",
+    "field",
+]

@@ -1,0 +1,70 @@
+"""What can go wrong, as a tree; catch the root, or the built-in beside it.
+
+    MultigraftError
+    ├── ConfigError (ValueError)        a config that cannot mean anything
+    ├── TargetError (ValueError)        a config that means nothing, or the wrong thing, on this model
+    ├── AdapterNameError (ValueError)   a name that exists already, is unknown, or breaks a path
+    ├── NestingError (ValueError)       a graft on a graft
+    ├── StateError (RuntimeError)       an operation that the present state forbids
+    ├── RoutingError (ValueError)       a mixed batch whose rows cannot be served
+    ├── UnsupportedError (ValueError)   a thing that we know and do not do
+    ├── CheckpointError (RuntimeError)  files that are damaged or that fit another model
+    └── MissingExtraError (ImportError) an optional package that is not installed
+
+Every message says where, what was given, what is required and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MultigraftError(Exception):
+    """Root of every error that this library raises on purpose."""
+
+
+class ConfigError(MultigraftError, ValueError):
+    """A config's value is outside what the field allows."""
+
+
+class TargetError(MultigraftError, ValueError):
+    """A config names sites that the model lacks, or that cannot be adapted."""
+
+
+class AdapterNameError(MultigraftError, ValueError):
+    """An adapter's name is taken, unknown, or not usable as a folder's name."""
+
+
+class NestingError(MultigraftError, ValueError):
+    """An adapted layer was about to be placed in or around another one."""
+
+
+class StateError(MultigraftError, RuntimeError):
+    """The operation needs another state of the model: merged, unmerged, attached."""
+
+
+class RoutingError(MultigraftError, ValueError):
+    """A mixed batch names rows or adapters that cannot be served."""
+
+
+class UnsupportedError(MultigraftError, ValueError):
+    """A known option, layer or method that is not built, or that cannot be combined."""
+
+
+class CheckpointError(MultigraftError, RuntimeError):
+    """An adapter's files are incomplete, damaged, or belong to another base model."""
+
+
+class MissingExtraError(MultigraftError, ImportError):
+    """An optional package is needed; the message names the extra that installs it."""
+
+
+class MultigraftWarning(UserWarning):
+    """Something the caller may want to act on; nothing was refused."""
+
+
+def did_you_mean(name: str, known: Iterable[str], limit: int = 3) -> str:
+    """`` Nearest: `a`, `b`.`` for the names most like ``name``, or an empty string."""
+    nearest = difflib.get_close_matches(name, list(known), n=limit, cutoff=0.5)
+    return f" Nearest: {', '.join(f'`{n}`' for n in nearest)}." if nearest else ""

@@ -1,0 +1,179 @@
+"""What scripts and other packages read from an adapted layer, under PEFT's names.
+
+Everything here is a view: nothing is stored twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from multigraft.containers import AdapterDict
+from multigraft.errors import AdapterNameError, StateError
+
+if TYPE_CHECKING:
+    from multigraft.graft import Graft
+    from multigraft.roster import Roster
+
+_PEFT_GROUPS = frozenset(
+    {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}
+)
+
+
+class LayerFacade:
+    """PEFT's attributes of a tuner layer; mixed into the adapted layer."""
+
+    if TYPE_CHECKING:
+        base_layer: nn.Module
+        grafts: dict[str, list[Graft]]
+        merged_grafts: list[Graft]
+        roster: Roster
+        path: str
+
+    def get_base_layer(self) -> nn.Module:
+        """The base model's own layer."""
+        return self.base_layer
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of what stands at this site: the base's, or the active trained copy's."""
+        return self._standing().weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of what stands at this site."""
+        return self._standing().bias  # type: ignore[return-value]
+
+    @property
+    def original_module(self) -> nn.Module:
+        """The base layer, under the name that PEFT gives it beside saved modules."""
+        return self.base_layer
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Adapters that the model has active, in order; disabled ones included."""
+        return list(self.roster.active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The single active adapter's name, or a list."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Adapters whose change is in the base layer's own tensors now."""
+        return list(dict.fromkeys(g.adapter for g in self.merged_grafts))
+
+    @property
+    def merged(self) -> bool:
+        """Whether any adapter is merged here."""
+        return bool(self.merged_grafts)
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the model's adapters are switched off."""
+        return not self.roster.enabled
+
+    @property
+    def r(self) -> dict[str, int]:
+        """Rank of each adapter."""
+        return {name: graft.method.rank for name, graft in self._main()}
+
+    @property
+    def lora_alpha(self) -> dict[str, float]:
+        """Alpha of each adapter."""
+        return {name: graft.method.alpha for name, graft in self._main()}
+
+    @property
+    def lora_dropout(self) -> dict[str, float]:
+        """Dropout probability of each adapter."""
+        return {name: graft.method.dropout for name, graft in self._main()}
+
+    @property
+    def scaling(self) -> MutableMapping[str, float]:
+        """Scaling of each adapter; assignable."""
+        return Scaling(self)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Scale the adapter by ``scale`` times what its config says."""
+        graft = dict(self._main()).get(adapter)
+        if graft is not None:
+            self.scaling[adapter] = (
+                scale * type(graft.method)(graft.site, graft.method.config).scaling
+            )
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of the active adapters."""
+        for name in set(self.active_adapters) & set(self.grafts):
+            self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scaling of the active adapters, or set it back to what the config says."""
+        for name in set(self.active_adapters) & set(self.grafts):
+            if scale is None:
+                self.set_scale(name, 1.0)
+            else:
+                self.scaling[name] /= scale
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]
+        except AttributeError:
+            if name in _PEFT_GROUPS:
+                return AdapterDict()
+            if name == "base_layer":
+                raise
+            # Parents read attributes of their layers: sizes, dtypes, flags of quantisers.
+            return getattr(self._standing(), name)
+
+    def _standing(self) -> nn.Module:
+        plan = self.__dict__.get("plan")
+        if plan is not None and plan.stand_in is not None:
+            return plan.stand_in.stand_in
+        return self.base_layer
+
+    def _main(self) -> Iterator[tuple[str, Graft]]:
+        """Each adapter's graft that acts on the weight itself (not on a bias)."""
+        for name, grafts in self.grafts.items():
+            yield from (
+                (name, g) for g in grafts if g.method.kind == "additive" and not g.site.parameter
+            )
+
+    def extra_repr(self) -> str:
+        return f"adapters={list(self.grafts)}, merged={self.merged_adapters}"
+
+
+class Scaling(MutableMapping[str, float]):
+    """The adapters' scalings at one layer, read from and written to the methods themselves."""
+
+    def __init__(self, layer: LayerFacade) -> None:
+        self._layer = layer
+
+    def __getitem__(self, adapter: str) -> float:
+        return self._graft(adapter).method.scaling
+
+    def __setitem__(self, adapter: str, value: float) -> None:
+        if adapter in self._layer.merged_adapters:
+            raise StateError(
+                f"{self._layer.path}: the scaling of `{adapter}` cannot change while it is merged "
+                "into the base. Call unmerge_adapter() first."
+            )
+        self._graft(adapter).method.scaling = float(value)
+
+    def __delitem__(self, adapter: str) -> None:
+        raise AdapterNameError(f"`{adapter}`: delete adapters with model.delete_adapter(name).")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict(self._layer._main()))
+
+    def __len__(self) -> int:
+        return len(dict(self._layer._main()))
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+    def _graft(self, adapter: str) -> Graft:
+        return dict(self._layer._main())[adapter]

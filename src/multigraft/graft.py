@@ -1,0 +1,106 @@
+"""A graft: one adapter at one site, as the adapted layer holds it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from multigraft.containers import fetch
+from multigraft.methods.contract import Method, Params, TensorSpec
+from multigraft.site import Site
+
+
+class Graft:
+    """One adapter's method instance at one site, and where its tensors are registered.
+
+    Tensors live in modules, so that ``.to()``, state dicts and optimisers see them; they are read
+    through their owners at each use, because conversions and sharding replace them there.
+    """
+
+    __slots__ = ("adapter", "method", "owners", "stand_in")
+
+    def __init__(self, adapter: str, method: Method) -> None:
+        self.adapter = adapter
+        self.method = method
+        self.owners: dict[str, tuple[nn.Module, str]] = {}
+        self.stand_in: nn.Module | None = None
+
+    @property
+    def site(self) -> Site:
+        """The site, with the base layer itself."""
+        return self.method.site
+
+    @property
+    def params(self) -> Params:
+        """The method's tensors by the names that it declared."""
+        return {name: fetch(owner, leaf) for name, (owner, leaf) in self.owners.items()}
+
+    def add(self, y: Tensor, x: Tensor, training: bool) -> Tensor:
+        """``y`` plus this adapter's contribution for the base layer's input ``x``."""
+        return self.method.add(self.params, y, x, training)
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """What the method declares; for a stand-in, what the module holds."""
+        return self.method.tensors()
+
+    def saved(self) -> Iterator[tuple[str, Tensor]]:
+        """Pairs of the name on disk (relative to the site's path) and the tensor."""
+        params = self.params
+        for name, spec in self.specs().items():
+            if spec.saved:
+                yield spec.on_disk or name, params[name]
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that training may change, whatever their present ``requires_grad``."""
+        specs = self.specs()
+        for name, tensor in self.params.items():
+            if isinstance(tensor, nn.Parameter) and specs[name].trainable:
+                yield tensor
+
+    def snapshot(self) -> Graft:
+        """An independent copy of method and tensors: what a merge added, whatever changes since."""
+        twin = Graft(self.adapter, copy.copy(self.method))
+        holder = nn.Module()
+        for index, (name, tensor) in enumerate(self.params.items()):
+            holder.register_buffer(f"t{index}", tensor.detach().clone())
+            twin.owners[name] = (holder, f"t{index}")
+        return twin
+
+
+def grow(
+    method: Method, dtype: torch.dtype, device: torch.device, given: Params | None = None
+) -> dict[str, Tensor]:
+    """Make a method's tensors: ``given`` ones are taken as they are, the others initialised.
+
+    When everything is given, nothing is initialised and no random number is drawn.
+
+    Returns:
+        Names to parameters (buffers where the method says so), on ``device``.
+    """
+    given = given or {}
+    tensors: dict[str, Tensor] = {}
+    for name, spec in method.tensors().items():
+        kind = spec.dtype or dtype
+        if name in given:
+            value = given[name].to(device=device, dtype=kind)
+            value = value.clone() if value is given[name] and not value.is_meta else value
+        else:
+            value = torch.empty(spec.shape, dtype=kind, device=device)
+        if not spec.buffer:
+            value = nn.Parameter(value, requires_grad=spec.trainable and value.is_floating_point())
+        tensors[name] = value
+    if any(name not in given for name in tensors):
+        fresh = {name: t for name, t in tensors.items() if name not in given}
+        with torch.no_grad():
+            method.reset(tensors if not given else _Masked(tensors, fresh))
+    return tensors
+
+
+class _Masked(dict):  # type: ignore[type-arg]
+    """All tensors for reading shapes, but writes to the given ones land in a throw-away copy."""
+
+    def __init__(self, tensors: dict[str, Tensor], fresh: dict[str, Tensor]) -> None:
+        super().__init__({n: t if n in fresh else t.detach().clone() for n, t in tensors.items()})

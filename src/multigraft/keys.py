@@ -1,0 +1,64 @@
+"""Names of an adapter's tensors: on disk, in memory, and how one becomes the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor
+
+from multigraft.containers import escape
+from multigraft.graft import Graft
+from multigraft.layer import AdaptedLayer
+from multigraft.site import Site
+
+PREFIX = "base_model.model."
+"""What stands before every base path in a file."""
+
+
+def strip_prefix(key: str) -> str:
+    """A file's key relative to the base model; wrappers that torch puts around it are dropped."""
+    key = key.removeprefix(PREFIX)
+    for infix in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
+        key = key.replace(infix, "")
+    return key
+
+
+def disk_names(site: Site, name: str, is_beside_main: bool) -> str:
+    """Key of a tensor relative to the base model.
+
+    A bias of a layer that the same adapter also adapts is ``<path>.base_layer.bias`` in PEFT's
+    files, that of any other layer ``<path>.bias``.
+    """
+    infix = "base_layer." if site.parameter is not None and is_beside_main else ""
+    return f"{site.path}.{infix}{name}"
+
+
+def saved_tensors(layer: AdaptedLayer, adapter: str) -> Iterator[tuple[str, Graft, str]]:
+    """(key on disk, graft, name in memory) of what one adapter saves at one layer."""
+    grafts = layer.grafts[adapter]
+    has_main = any(g.site.parameter is None for g in grafts)
+    for graft in grafts:
+        for name, spec in graft.specs().items():
+            if spec.saved:
+                yield disk_names(graft.site, spec.on_disk or name, has_main), graft, name
+
+
+def memory_name(graft: Graft, name: str) -> str:
+    """Name of a tensor in the adapted model's state dict, relative to the base model."""
+    if graft.stand_in is not None:
+        return f"{graft.site.path}.{graft.method.prefix}.{escape(graft.adapter)}.{name}"
+    group, _, leaf = name.partition(".")
+    tail = f".{leaf}" if leaf else ""
+    return f"{graft.site.path}.{group}.{escape(graft.adapter)}{tail}"
+
+
+def sites_in(state: Iterable[str] | dict[str, Tensor], prefix: str) -> list[str]:
+    """Base paths of the sites that these keys belong to: what stands before ``prefix``."""
+    paths: dict[str, None] = {}
+    for key in state:
+        parts = strip_prefix(key).split(".")
+        for index, part in enumerate(parts):
+            if index and part.startswith(prefix):
+                paths[".".join(parts[:index])] = None
+                break
+    return list(paths)

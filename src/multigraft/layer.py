@@ -1,0 +1,240 @@
+"""The adapted layer: the base layer and every adapter of its site, in parallel.
+
+        x ──┬─────────────► base layer ────────► (+) ──► y
+            ├──► adapter "a" ───────────────────► │
+            └──► adapter "b" ───────────────────► │
+
+Each adapter's contribution is a function of ``x`` and of the base layer alone; none ever sees
+another's output. What a forward does is a `Plan`, made when adapters are added, activated or
+merged, and not on every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from multigraft.containers import AdapterDict, hold
+from multigraft.errors import NestingError, StateError
+from multigraft.facade import LayerFacade
+from multigraft.graft import Graft
+from multigraft.storage import storage_of
+
+if TYPE_CHECKING:
+    from multigraft.roster import Roster
+    from multigraft.routing import Route
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one forward does, in this order; empty means the base layer and nothing else.
+
+    Args:
+        inputs: maps of what the base layer sees.
+        stand_in: the trained copy that takes the base layer's place.
+        rebinds: base tensors that are changed for the call, with who changes them.
+        outputs: maps of what the base layer gives.
+        deltas: what is added, each a function of the layer's own input.
+    """
+
+    inputs: tuple[Graft, ...] = ()
+    stand_in: Graft | None = None
+    rebinds: tuple[tuple[str, tuple[Graft, ...]], ...] = ()
+    outputs: tuple[Graft, ...] = ()
+    deltas: tuple[Graft, ...] = ()
+    is_additive: bool = True
+
+    @staticmethod
+    def of(grafts: Iterable[Graft]) -> Plan:
+        """The plan in which these grafts, and no others, act."""
+        parts: dict[str, list[Graft]] = {"map": [], "replace": [], "additive": []}
+        rebinds: dict[str, list[Graft]] = {}
+        for graft in grafts:
+            if graft.site.parameter is not None:
+                rebinds.setdefault(graft.site.parameter, []).append(graft)
+            else:
+                parts[graft.method.kind].append(graft)
+        maps = tuple(parts["map"])
+        stand_in = parts["replace"][0] if parts["replace"] else None
+        return Plan(
+            inputs=maps,
+            stand_in=stand_in,
+            rebinds=tuple((name, tuple(who)) for name, who in rebinds.items()),
+            outputs=maps,
+            deltas=tuple(parts["additive"]),
+            is_additive=not (maps or stand_in or rebinds),
+        )
+
+
+class AdaptedLayer(LayerFacade, nn.Module):
+    """The one wrapper. Only `multigraft.wrap` makes it and puts it in or out of a model.
+
+    Args:
+        base_layer: a layer of the base model; an adapted layer is refused.
+        path: its dotted path in the base model.
+        roster: who is active in this model; shared by all its adapted layers.
+
+    Raises:
+        NestingError: ``base_layer`` is, or contains, an adapted layer.
+    """
+
+    def __init__(self, base_layer: nn.Module, path: str, roster: Roster) -> None:
+        super().__init__()
+        if any(isinstance(m, AdaptedLayer) for m in base_layer.modules()):
+            raise NestingError(
+                f"{path}: an adapted layer cannot be wrapped in, or around, another one; "
+                "adapters stand side by side on the base layer. Add the adapter to the model."
+            )
+        self.base_layer = base_layer
+        self.path = path
+        self.storage = storage_of(base_layer)
+        self.roster = roster
+        self.grafts: dict[str, list[Graft]] = {}
+        self.kept: dict[str, Any] = {}
+        self.merged_grafts: list[Graft] = []
+        self.plan = Plan()
+        self.training = base_layer.training
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The base layer's output plus what each acting adapter contributes.
+
+        Args:
+            x: the base layer's own input, e.g. ``(..., in)``; further arguments go to it as well.
+        """
+        route = self.roster.route
+        if route is not None:
+            return self._routed(route, x, args, kwargs)
+        return self._run(self.plan, x, args, kwargs)
+
+    def _run(self, plan: Plan, x: Tensor, args: Any, kwargs: Any) -> Any:
+        seen = x
+        for graft in plan.inputs:
+            seen = graft.method.input(graft.params, seen)
+        if plan.stand_in is not None:
+            y = plan.stand_in.stand_in(seen, *args, **kwargs)  # type: ignore[misc]
+        elif plan.rebinds:
+            y = functional_call(self.base_layer, self._rebound(plan), (seen, *args), kwargs)
+        else:
+            y = self.base_layer(seen, *args, **kwargs)
+        for graft in plan.outputs:
+            y = graft.method.output(graft.params, y)
+        for graft in plan.deltas:
+            y = graft.add(y, x, self.training)
+        return y
+
+    def _routed(self, route: Route, x: Tensor, args: Any, kwargs: Any) -> Any:
+        """Each row with its own adapter: the base once, then each group of rows on its own."""
+        groups = [
+            (a, self.grafts[a], rows) for a, rows in route.groups(x, self) if a in self.grafts
+        ]
+        x = route.spread(x)
+        y = self.base_layer(x, *args, **kwargs)
+        for _, grafts, rows in groups:
+            plan = Plan.of(grafts)
+            part = x.index_select(0, rows)
+            if plan.is_additive:
+                own = y.new_zeros((len(rows), *y.shape[1:]))
+                for graft in plan.deltas:
+                    own = graft.add(own, part, self.training)
+                y = y.index_add(0, rows, own)
+            else:
+                y = y.index_copy(0, rows, self._run(plan, part, args, kwargs).to(y.dtype))
+        return y
+
+    def _rebound(self, plan: Plan) -> dict[str, Tensor]:
+        """Base tensors with the changes that these grafts make, each relative to the base's own."""
+        values = {}
+        for name, grafts in plan.rebinds:
+            value = getattr(self.base_layer, name)
+            own = grafts[0].site.weight()
+            for graft in grafts:
+                value = value + graft.method.delta(graft.params, own).to(value.dtype)
+            values[name] = value
+        return values
+
+    def replan(self) -> None:
+        """Decide what forwards do from now on; called whenever the roster or a merge changes."""
+        self.plan = self.plan_for(self.roster.acting(), self.merged_grafts)
+
+    def plan_for(self, acting: Sequence[str], merged: Sequence[Graft]) -> Plan:
+        """The plan for these acting adapters while these grafts are in the base's weights.
+
+        Raises:
+            StateError: two adapters would replace the layer, or a map would act on a base that
+                another adapter is merged into.
+        """
+        inside = {(g.adapter, str(g.site)) for g in merged}
+        outside = [
+            graft
+            for adapter in acting
+            for graft in self.grafts.get(adapter, ())
+            if (adapter, str(graft.site)) not in inside
+        ]
+        stand_ins = [g for g in (*outside, *merged) if g.method.kind == "replace"]
+        if len({g.adapter for g in stand_ins}) > 1:
+            names = ", ".join(f"`{g.adapter}`" for g in stand_ins)
+            raise StateError(
+                f"{self.path}: adapters {names} each hold a trained copy of this module "
+                "(`modules_to_save`), and only one can take its place. Activate one of them."
+            )
+        others = {g.adapter for g in merged}
+        for graft in outside:
+            if graft.method.kind == "map" and others - {graft.adapter}:
+                raise StateError(
+                    f"{self.path}: `{graft.adapter}` transforms the base layer's input or output, "
+                    f"which cannot act while {sorted(others)} are merged into it. Unmerge first."
+                )
+        if outside and any(g.method.kind == "replace" for g in outside):
+            # The copy stands in for the base, so what is merged into the base must be added to it.
+            outside += [g for g in merged if g.method.kind == "additive"]
+        return Plan.of(outside)
+
+    def add(self, graft: Graft, tensors: dict[str, Tensor]) -> None:
+        """Register one adapter's tensors here; the caller has checked that the name is free."""
+        graft.site.kept = self.kept
+        self.grafts.setdefault(graft.adapter, []).append(graft)
+        for name, tensor in tensors.items():
+            group, _, leaf = name.partition(".")
+            container = self._group(group)
+            if leaf:
+                owner, key = container.leaf(graft.adapter), leaf
+            else:
+                owner, key = container, container.key(graft.adapter)
+            hold(owner, key, tensor)
+            graft.owners[name] = (owner, key)
+
+    def add_stand_in(self, graft: Graft, module: nn.Module) -> None:
+        """Register a trained copy of the base layer under ``modules_to_save.<adapter>``."""
+        graft.site.kept = self.kept
+        self.grafts.setdefault(graft.adapter, []).append(graft)
+        container = self._group(graft.method.prefix)
+        container._modules[container.key(graft.adapter)] = module
+        graft.stand_in = module
+        for name in module.state_dict():
+            owner_path, _, leaf = name.rpartition(".")
+            graft.owners[name] = (module.get_submodule(owner_path), leaf)
+
+    def remove(self, adapter: str) -> list[Graft]:
+        """Take one adapter's tensors out; returns its grafts, with their tensors still held."""
+        grafts = self.grafts.pop(adapter, [])
+        for group, container in list(self._modules.items()):
+            if isinstance(container, AdapterDict):
+                del container[adapter]
+                if not len(container):
+                    del self._modules[group]
+        return grafts
+
+    def all_grafts(self) -> Iterator[Graft]:
+        """Every graft of every adapter here."""
+        return (graft for grafts in self.grafts.values() for graft in grafts)
+
+    def _group(self, name: str) -> AdapterDict:
+        container = self._modules.get(name)
+        if not isinstance(container, AdapterDict):
+            container = self._modules[name] = AdapterDict()
+            container.training = self.training
+        return container

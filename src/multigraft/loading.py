@@ -1,0 +1,183 @@
+"""Loading an adapter's files onto a model: read, compare, and only then attach or overwrite."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multigraft import checkpoint
+from multigraft.config import CONFIG_NAME, PeftConfig
+from multigraft.errors import CheckpointError, MultigraftWarning, StateError
+from multigraft.graft import Graft
+from multigraft.prepare import Prepared, prepare
+from multigraft.state import drop_base_tensors, write
+from multigraft.tuner import Tuner
+from multigraft.wrap import Scion, attach, detach
+
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "repo_type")
+
+
+def read_config(
+    source: str | os.PathLike[str], adapter: str, options: Mapping[str, Any]
+) -> tuple[PeftConfig, dict[str, Any]]:
+    """The config at ``source`` and the options to find its weights.
+
+    A directory without a config of its own that holds one adapter in a subfolder (as is written
+    for an adapter of another name than ``default``) means that adapter.
+    """
+    options = dict(options)
+    folder = Path(source)
+    subfolder = options.get("subfolder") or ""
+    if not (folder / subfolder / CONFIG_NAME).is_file() and folder.is_dir() and not subfolder:
+        inside = [p.parent.name for p in sorted(folder.glob(f"*/{CONFIG_NAME}"))]
+        if adapter in inside:
+            options["subfolder"] = adapter
+        elif len(inside) == 1:
+            options["subfolder"] = inside[0]
+    where = {k: v for k, v in options.items() if k in (*HUB_OPTIONS, "subfolder")}
+    return PeftConfig.from_pretrained(source, **where), options
+
+
+def load_into(
+    tuner: Tuner,
+    source: str | os.PathLike[str],
+    adapter: str,
+    *,
+    is_trainable: bool = False,
+    autocast: bool = True,
+    device: str | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    strict: bool = True,
+    ignore_mismatched_sizes: bool = False,
+    config: PeftConfig | None = None,
+    activate: bool | None = None,
+    allow_pickle: bool = False,
+    **options: Any,
+) -> checkpoint.LoadReport:
+    """Load one adapter; see `PeftModel.load_adapter` for the arguments."""
+    _check_options(options)
+    if config is None:
+        config, options = read_config(source, adapter, options)
+    config = config.copy()
+    config.inference_mode = not is_trainable
+    where = {k: v for k, v in options.items() if k in (*HUB_OPTIONS, "subfolder")}
+    tensors = checkpoint.read(checkpoint.locate_weights(source, **where), allow_pickle=allow_pickle)
+    tensors = checkpoint.rename(tensors, key_mapping)
+    _warn_of_another_base(tuner, config)
+    exists = adapter in tuner.roster.configs
+    if exists:
+        _refuse_merged(tuner, adapter)
+        prepared = prepare(tuner.model, adapter, config, lenient=True)
+    else:
+        prepared = tuner.prepare(adapter, config, lenient=True)
+    expected = prepared.expected()
+    tensors = drop_base_tensors(tensors, expected, tuner.model)
+    report, good = checkpoint.compare(expected, tensors)
+    report.check(f"{source} for adapter `{adapter}`", strict, ignore_mismatched_sizes)
+    if device is not None:
+        good = {key: tensor.to(device) for key, tensor in good.items()}
+    if exists:
+        _overwrite(tuner, prepared, good, autocast)
+    else:
+        tuner.commit(prepared, good, autocast, activate=activate)
+    return report
+
+
+def _overwrite(
+    tuner: Tuner, prepared: Prepared, values: Mapping[str, Tensor], autocast: bool
+) -> None:
+    """Give an existing adapter the file's tensors *and* the file's config.
+
+    Parameters keep their identity where shapes allow, so that optimisers built on them go on.
+    Whether it is active and whether it trains stay as they were.
+    """
+    roster, adapter = tuner.roster, prepared.adapter
+    current = {k: tuple(t.shape) for k, t in checkpoint.adapter_state(roster, adapter).items()}
+    if current == prepared.expected():
+        write(roster, adapter, values)
+        fresh = {(n.site.path, n.method.name, n.site.parameter): m for n, m in prepared.parts}
+        for layer, graft in roster.grafts(adapter):
+            site = graft.site
+            method = fresh[site.path, graft.method.name, site.parameter]
+            method.site = site
+            graft.method = method
+            layer.replan()
+        roster.configs[adapter] = prepared.config
+        return
+    flags = {p.requires_grad for _, g in roster.grafts(adapter) for p in g.parameters()}
+    scions = prepared.grow(values, autocast, on_meta=False)
+    before, active, config = _as_scions(tuner, adapter), roster.active, roster.configs[adapter]
+    order = list(roster.configs)
+    others = [n for n in active if n != adapter]
+    roster.set_active(others)
+    detach(roster, adapter)
+    try:
+        _reattach(tuner, adapter, prepared.config, scions)
+        roster.set_active(active)
+    except BaseException:
+        if adapter in roster.configs:
+            detach(roster, adapter)
+        _reattach(tuner, adapter, config, before)
+        roster.set_active(active)
+        raise
+    finally:
+        roster.configs = {n: roster.configs[n] for n in order if n in roster.configs}
+        tuner._announce()
+    roster.set_requires_grad([adapter], True in flags)
+
+
+def _reattach(tuner: Tuner, adapter: str, config: PeftConfig, scions: list[Scion]) -> None:
+    from multigraft.survey import survey
+
+    spots = {id(s.layer): s for s in survey(tuner.model)}
+    for scion in scions:
+        scion.spot = spots[id(scion.spot.layer)]
+    attach(tuner.roster, adapter, config, scions)
+
+
+def _as_scions(tuner: Tuner, adapter: str) -> list[Scion]:
+    from multigraft.survey import Spot
+
+    scions = []
+    for layer, graft in tuner.roster.grafts(adapter):
+        twin = Graft(adapter, graft.method)
+        tensors = dict(graft.params)
+        scions.append(Scion(Spot(layer.base_layer), twin, tensors, graft.stand_in))
+    return scions
+
+
+def _refuse_merged(tuner: Tuner, adapter: str) -> None:
+    if adapter in tuner.roster.merged:
+        raise StateError(
+            f"adapter `{adapter}` is merged into the base; loading over it would leave the base "
+            "with what it was. Call unmerge_adapter() first."
+        )
+
+
+def _warn_of_another_base(tuner: Tuner, config: PeftConfig) -> None:
+    own = getattr(tuner.model, "name_or_path", None)
+    theirs = config.base_model_name_or_path
+    if own and theirs and own != theirs and Path(own).name != Path(theirs).name:
+        warnings.warn(
+            f"the adapter was trained on `{theirs}` and is loaded onto `{own}`; shapes may agree "
+            "and outputs be meaningless.",
+            MultigraftWarning,
+            stacklevel=4,
+        )
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    unknown = sorted(set(options) - {*HUB_OPTIONS, "subfolder", "proxies", "use_safetensors"})
+    if unknown:
+        raise CheckpointError(
+            f"unknown options {unknown}; known are {', '.join((*HUB_OPTIONS, 'subfolder'))}."
+        )
+
+
+__all__ = ["load_into", "read_config", "torch"]

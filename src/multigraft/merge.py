@@ -1,0 +1,299 @@
+"""Merging adapters into the base's own tensors, and out again, for every method and storage.
+
+    W' = stand-in or W,  mapped by the merged maps,  + Σ ΔW        each relative to the base's own W
+
+Values are computed in float32 (float64 for float64 weights) and rounded once, into the storage's
+format. What the base held is kept, so that unmerge restores the very bits, whatever has happened
+to the adapters since; ``keep_original=False`` saves that memory and subtracts instead.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multigraft.errors import MultigraftWarning, StateError, UnsupportedError
+from multigraft.graft import Graft
+from multigraft.layer import AdaptedLayer
+from multigraft.methods import Method
+from multigraft.methods.contract import Params
+from multigraft.roster import Roster
+
+
+def merge(
+    roster: Roster,
+    names: Sequence[str] | None = None,
+    *,
+    safe: bool = False,
+    keep_original: bool = True,
+) -> None:
+    """Merge adapters (the active ones by default) at all their sites, or at none.
+
+    Args:
+        safe: also check the merged tensors, not only what is added, for NaN and infinity.
+        keep_original: keep the base's tensors for an exact unmerge.
+
+    Raises:
+        StateError: one of them is merged already; adapters are disabled; two replace one module.
+        UnsupportedError: a method or a storage cannot merge; says which and what to do.
+        ValueError: a value that would be written is not finite.
+    """
+    if names is None:
+        names = [n for n in roster.active if n not in roster.merged]
+        if not names:
+            warnings.warn("no active adapter is left to merge.", MultigraftWarning, stacklevel=3)
+            return
+    names = roster.require(names)
+    if not roster.enabled:
+        raise StateError("adapters are disabled; leave disable_adapter() before merging.")
+    again = [n for n in names if n in roster.merged]
+    if again:
+        raise StateError(f"adapters {again} are merged already; unmerge_adapter() takes them out.")
+    layers = roster.touched(names)
+    incoming = {id(x): [g for n in names for g in x.grafts.get(n, ())] for x in layers}
+    for layer in layers:
+        _check(layer, incoming[id(layer)], keep_original)
+    done: list[tuple[AdaptedLayer, list[Graft], dict[str, Any]]] = []
+    try:
+        for layer in layers:
+            grafts = [g.snapshot() for g in incoming[id(layer)]]
+            tensors = _tensor_names(layer, grafts)
+            before = {n: layer.storage.keep(layer.base_layer, n) for n in tensors}
+            done.append((layer, layer.merged_grafts, {"kept": dict(layer.kept), "values": before}))
+            _write(layer, grafts, before, safe, keep_original)
+    except BaseException:
+        for layer, grafts, state in reversed(done):
+            _restore(layer, grafts, state)
+        raise
+
+
+def unmerge(roster: Roster, names: Sequence[str] | None = None) -> None:
+    """Take merged adapters (all by default) out of the base again.
+
+    Raises:
+        StateError: one of them is not merged.
+    """
+    merged = roster.merged
+    if merged and not roster.enabled:
+        raise StateError("adapters are disabled; leave disable_adapter() before unmerging.")
+    if names is None:
+        if not merged:
+            warnings.warn("no adapter is merged; nothing to do.", MultigraftWarning, stacklevel=3)
+        names = merged
+    names = roster.require(names)
+    not_merged = [n for n in names if n not in merged]
+    if not_merged:
+        raise StateError(f"adapters {not_merged} are not merged; merged are {merged or 'none'}.")
+    for layer in roster.touched(names):
+        unmerge_layer(layer, names)
+
+
+@torch.no_grad()
+def unmerge_layer(layer: AdaptedLayer, names: Sequence[str] | None = None) -> None:
+    """Take these adapters (all by default) out of one layer's tensors."""
+    gone = set(layer.merged_adapters if names is None else names)
+    leaving = [g for g in layer.merged_grafts if g.adapter in gone]
+    staying = [g for g in layer.merged_grafts if g.adapter not in gone]
+    storage = layer.storage
+    for tensor in _tensor_names(layer, leaving):
+        rest = [g for g in staying if tensor in _tensor_names(layer, [g])]
+        if tensor not in layer.kept:
+            value = _fresh(storage.read(layer.base_layer, tensor))
+            _accumulate(value, leaving, tensor, -1.0)
+            storage.write(layer.base_layer, value, tensor)
+        elif rest:
+            own = storage.read_kept(layer.base_layer, layer.kept[tensor], tensor)
+            storage.write(layer.base_layer, merged_value(layer, rest, tensor, own), tensor)
+        else:
+            storage.give_back(layer.base_layer, layer.kept.pop(tensor), tensor)
+    layer.merged_grafts = staying
+    layer.replan()
+
+
+def hide(roster: Roster) -> list[tuple[AdaptedLayer, dict[str, Any]]]:
+    """Put the base's own tensors back for a while; `show` undoes it.
+
+    Raises:
+        StateError: the originals were not kept.
+    """
+    layers = [x for x in roster.touched(roster.merged) if x.merged_grafts]
+    for layer in layers:
+        names = _tensor_names(layer, layer.merged_grafts)
+        if any(name not in layer.kept for name in names):
+            raise StateError(
+                f"{layer.path}: merged with keep_original=False, so the base's own values are not "
+                "at hand. Call unmerge_adapter() before disabling adapters."
+            )
+    hidden = []
+    for layer in layers:
+        state = {n: layer.storage.keep(layer.base_layer, n) for n in layer.kept}
+        for name, kept in layer.kept.items():
+            layer.storage.give_back(layer.base_layer, kept, name)
+        hidden.append((layer, state))
+    return hidden
+
+
+def show(hidden: Sequence[tuple[AdaptedLayer, dict[str, Any]]]) -> None:
+    """Put back what `hide` took out."""
+    for layer, state in hidden:
+        for name, kept in state.items():
+            layer.storage.give_back(layer.base_layer, kept, name)
+
+
+@torch.no_grad()
+def merged_value(layer: AdaptedLayer, grafts: Sequence[Graft], name: str, own: Tensor) -> Tensor:
+    """The base tensor ``name`` with these grafts in it, in the accumulation dtype.
+
+    Args:
+        own: the base's own dense values, in the layer's layout.
+    """
+    value = own
+    for graft in grafts:
+        if graft.method.kind == "replace":
+            value = graft.params[name]
+    value = _fresh(value)
+    for graft in grafts:
+        if graft.method.kind == "map":
+            value = _mapped(layer, graft, name, value)
+    return _accumulate(value, grafts, name, 1.0, own)
+
+
+def _write(
+    layer: AdaptedLayer, fresh: list[Graft], before: dict[str, Any], safe: bool, keep_original: bool
+) -> None:
+    """Write one layer's merged tensors; the caller restores it when this fails.
+
+    Args:
+        fresh: what is merged now, beside what is merged already.
+        before: what the storage held, by tensor name.
+    """
+    storage, base = layer.storage, layer.base_layer
+    grafts = [*layer.merged_grafts, *fresh]
+    for name, held in before.items():
+        if name in layer.kept:
+            own = storage.read_kept(base, layer.kept[name], name)
+            value = merged_value(layer, grafts, name, own)
+        else:
+            value = merged_value(layer, fresh, name, storage.read(base, name))
+        if safe and not torch.isfinite(value).all():
+            raise ValueError(
+                f"{layer.path}: merging {[g.adapter for g in fresh]} gives NaN or infinity in "
+                f"`{name}`; nothing was merged. Check the adapter's tensors."
+            )
+        if keep_original:
+            layer.kept.setdefault(name, held)
+        storage.write(base, value, name)
+    layer.merged_grafts = grafts
+    layer.replan()
+
+
+def _check(layer: AdaptedLayer, grafts: Sequence[Graft], keep_original: bool) -> None:
+    """Everything that could forbid the merge of these grafts here, before anything is written."""
+    for graft in grafts:
+        if not graft.method.mergeable:
+            raise UnsupportedError(
+                f"{layer.path}: `{graft.adapter}` is a {graft.method.name}, which has no merged "
+                "form. Keep it as an adapter."
+            )
+        needs_own = graft.method.kind != "additive" or graft.method.needs_weight
+        if needs_own and not keep_original:
+            raise UnsupportedError(
+                f"{layer.path}: {graft.method.name} cannot be taken out by subtraction; merge it "
+                "with keep_original=True."
+            )
+        for name, tensor in graft.params.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise ValueError(
+                    f"{layer.path}: `{name}` of `{graft.adapter}` holds NaN or infinity; nothing "
+                    "was merged. Retrain the adapter or load a good checkpoint."
+                )
+    for name in _tensor_names(layer, grafts):
+        reason = layer.storage.refusal(layer.base_layer, name)
+        if reason:
+            raise UnsupportedError(f"{layer.path}: cannot merge: {reason}.")
+    layer.plan_for(layer.roster.acting(), [*layer.merged_grafts, *grafts])
+
+
+def _tensor_names(layer: AdaptedLayer, grafts: Sequence[Graft]) -> list[str]:
+    """The base tensors that these grafts change, each once."""
+    names: list[str] = []
+    for graft in grafts:
+        if graft.method.kind == "replace":
+            names += list(graft.owners)
+        else:
+            names.append(graft.site.tensor_name)
+            if _changes_bias(layer, graft):
+                names.append("bias")
+    return list(dict.fromkeys(names))
+
+
+def _changes_bias(layer: AdaptedLayer, graft: Graft) -> bool:
+    if graft.method.kind == "map":
+        has_bias = getattr(layer.base_layer, "bias", None) is not None
+        return has_bias and type(graft.method).output is not Method.output
+    if graft.site.parameter is not None or graft.method.delta_bias(graft.params) is None:
+        return False
+    if getattr(layer.base_layer, "bias", None) is None:
+        raise UnsupportedError(
+            f"{layer.path}: `{graft.adapter}` has a bias (`lora_bias`) and the base layer has none "
+            "to merge it into. Keep it as an adapter."
+        )
+    return True
+
+
+def _accumulate(
+    total: Tensor, grafts: Sequence[Graft], name: str, sign: float, own: Tensor | None = None
+) -> Tensor:
+    """Add (or subtract) the additive changes of these grafts to ``total``, in place."""
+    dtype = total.dtype
+    for graft in grafts:
+        if graft.method.kind != "additive":
+            continue
+        params = _as(dtype, graft.params)
+        if graft.site.tensor_name == name:
+            base = own.to(dtype) if own is not None and graft.method.needs_weight else None
+            total.add_(graft.method.delta(params, base), alpha=sign)
+        elif name == "bias" and graft.site.parameter is None:
+            bias = graft.method.delta_bias(params)
+            if bias is not None:
+                total.add_(bias, alpha=sign)
+    return total
+
+
+def _mapped(layer: AdaptedLayer, graft: Graft, name: str, value: Tensor) -> Tensor:
+    """A weight or bias with a linear map of the layer's input or output folded in."""
+    method, geometry = graft.method, graft.site.geometry
+    assert geometry is not None
+    params = _as(value.dtype, graft.params)
+    if name == "bias":
+        return method.output(params, value)
+    M = geometry.as_matrix(layer.base_layer, value)
+    # y = W m(x) with m linear: W' = W M, and a pull-back of m gives each row of W times M.
+    probe = torch.zeros_like(M)
+    _, pull = torch.func.vjp(lambda x: method.input(params, x), probe)
+    (M,) = pull(M)
+    return geometry.from_matrix(layer.base_layer, method.output(params, M.T).T).contiguous()
+
+
+def _fresh(tensor: Tensor) -> Tensor:
+    """A copy in the dtype that merging accumulates in."""
+    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return tensor.detach().to(dtype, copy=True)
+
+
+def _as(dtype: torch.dtype, params: Params) -> dict[str, Tensor]:
+    return {n: t.to(dtype) if t.is_floating_point() else t for n, t in params.items()}
+
+
+def _restore(layer: AdaptedLayer, grafts: list[Graft], state: dict[str, Any]) -> None:
+    """Put one layer back to what it was before a merge that failed."""
+    for name, value in state["values"].items():
+        layer.storage.give_back(layer.base_layer, value, name)
+    layer.kept.clear()
+    layer.kept.update(state["kept"])
+    layer.merged_grafts = grafts
+    layer.replan()

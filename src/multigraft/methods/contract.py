@@ -1,0 +1,139 @@
+"""What a method is: how one adapter changes one site.
+
+An instance is the method at *one site for one adapter*: it holds constants (rank, scaling), never
+tensors and never an adapter's name. It states its maths once, by its nature:
+
+    additive  apply(params, x) -> what is added to y        delta(params, W) -> what is added to W
+    map       input(params, x) -> x'  and/or  output(params, y) -> y'      both linear
+    replace   module() -> a copy that stands in for the base layer
+
+It writes no merge, dispatch, cast, device move or state-dict key: those exist once, elsewhere.
+``params`` maps the names that `tensors` declares to tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from multigraft.config import CONFIGS, PeftConfig
+from multigraft.registry import Registry
+from multigraft.site import Site
+
+Params = Mapping[str, Tensor]
+Shared = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of an adapter at a site.
+
+    Args:
+        shape: its sizes.
+        trainable: a parameter that training changes; otherwise a frozen parameter.
+        buffer: a buffer rather than a parameter.
+        saved: whether it goes into the checkpoint.
+        on_disk: its name in the file when that differs from the name in memory.
+        dtype: a fixed dtype, e.g. of an index; the adapter's own by default.
+    """
+
+    shape: tuple[int, ...]
+    trainable: bool = True
+    buffer: bool = False
+    saved: bool = True
+    on_disk: str | None = None
+    dtype: torch.dtype | None = None
+
+
+class Method:
+    """Base of every method; see the module's docstring for the contract."""
+
+    name: ClassVar[str]
+    prefix: ClassVar[str]
+    """How the names of its tensors begin, e.g. ``"lora_"``; other packages filter on it."""
+    kind: ClassVar[Literal["additive", "map", "replace"]] = "additive"
+    needs_weight: ClassVar[bool] = False
+    """Whether `apply`/`delta` read the base weight's values."""
+    batchable: ClassVar[bool] = True
+    """Whether rows of one batch may use different adapters of this method."""
+    mergeable: ClassVar[bool] = True
+    identity_at_init: ClassVar[bool] = True
+    """Whether a new adapter leaves the output unchanged (with the default initialisation)."""
+    geometries: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d_transposed"})
+    """Names of the geometries that it can act on."""
+
+    rank: int = 0
+    alpha: float = 0.0
+    scaling: float = 1.0
+    dropout: float = 0.0
+
+    def __init__(self, site: Site, config: Any, shared: Shared | None = None) -> None:
+        self.site = site
+        self.config = config
+
+    @classmethod
+    def shared(cls, config: Any, sites: list[Site]) -> dict[str, Tensor]:
+        """Tensors that all sites of one adapter share; runs once, before any instance is made."""
+        return {}
+
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Names, as in PEFT's files, to what must be made there."""
+        raise NotImplementedError(f"{type(self).__name__} must define `tensors`")
+
+    def reset(self, params: Params) -> None:
+        """Fill freshly allocated tensors in place with the initial values."""
+        raise NotImplementedError(f"{type(self).__name__} must define `reset`")
+
+    def apply(self, params: Params, x: Tensor) -> Tensor:
+        """Additive: what this adapter adds to the base layer's output for the input ``x``."""
+        raise NotImplementedError(f"{type(self).__name__} must define `apply`")
+
+    def add(self, params: Params, y: Tensor, x: Tensor, training: bool) -> Tensor:
+        """Additive: ``y + apply(dropout(x))``; overridden where a fused operator exists."""
+        if self.dropout and training:
+            x = torch.nn.functional.dropout(x, self.dropout)
+        return y + self.apply(params, x).to(y.dtype)
+
+    def delta(self, params: Params, W: Tensor | None = None) -> Tensor:
+        """Additive: ΔW in the weight's layout. ``W`` is given when `needs_weight`, densely."""
+        raise NotImplementedError(f"{type(self).__name__} must define `delta`")
+
+    def delta_bias(self, params: Params) -> Tensor | None:
+        """Additive: Δb ``(out,)``, or None."""
+        return None
+
+    def input(self, params: Params, x: Tensor) -> Tensor:
+        """Map: what the base layer sees instead of ``x``; linear in ``x``."""
+        return x
+
+    def output(self, params: Params, y: Tensor) -> Tensor:
+        """Map: what stands for the base layer's output ``y``; linear in ``y``."""
+        return y
+
+    def module(self) -> nn.Module:
+        """Replace: the module that stands in for the base layer; its state is what is saved."""
+        raise NotImplementedError(f"{type(self).__name__} must define `module`")
+
+
+METHODS: Registry[type[Method]] = Registry("method")
+"""Method classes by ``peft_type``."""
+
+M = TypeVar("M", bound=type[Method])
+
+
+def method(name: str, *, config: type[PeftConfig] | None, paper: str) -> Callable[[M], M]:
+    """Register a method class, and its config under the same ``peft_type``."""
+
+    def add(cls: M) -> M:
+        cls.name = name
+        cls.__doc__ = (cls.__doc__ or "") + f"\n\n    Paper: {paper}\n"
+        METHODS.register(name, cls)
+        if config is not None:
+            CONFIGS.register(name, config)
+        return cls
+
+    return add

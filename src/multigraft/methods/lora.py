@@ -1,0 +1,197 @@
+"""Low-rank adaptation (LoRA).
+
+    y = W x + scaling * B A dropout(x)        A: (rank, in)   B: (out, rank)
+    scaling = alpha / rank,   or alpha / sqrt(rank) with `use_rslora`
+
+Papers: Hu et al. 2021, arXiv:2106.09685, eq. 3; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
+Departs: A ~ Kaiming uniform, as in the authors' code, not Gaussian as in the text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from multigraft.config import (
+    PeftType,
+    TargetedConfig,
+    check_choice,
+    pattern_value,
+    require,
+)
+from multigraft.errors import TargetError, UnsupportedError
+from multigraft.methods.contract import Method, Params, Shared, TensorSpec, method
+from multigraft.site import Site
+
+
+@dataclass
+class LoraConfig(TargetedConfig):
+    """LoRA's options, under PEFT's names.
+
+    Args:
+        r: rank of the update.
+        lora_alpha: the update is scaled by ``lora_alpha / r``.
+        lora_dropout: probability that an element of the adapter's input is dropped in training.
+        fan_in_fan_out: kept for the file format; the layer's own type says how it is stored.
+        bias: ``"none"``, ``"lora_only"`` (biases of the adapted layers are trained too) or
+            ``"all"`` (every bias is). Each adapter has its own copies: the base stays as it is.
+        use_rslora: scale by ``lora_alpha / sqrt(r)``.
+        init_lora_weights: True (B = 0), ``"gaussian"`` (A normal, B = 0), or False (both random).
+        rank_pattern, alpha_pattern: exceptions per site, regular expressions to values.
+        lora_bias: give B a bias.
+
+    The remaining fields are PEFT's; setting one that is not built yet is refused by name.
+    """
+
+    peft_type: str | PeftType | None = PeftType.LORA
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    lora_bias: bool = False
+    megatron_config: dict[str, Any] | None = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: Any = field(default_factory=dict)
+    eva_config: Any = None
+    corda_config: Any = None
+    lora_ga_config: Any = None
+    use_dora: bool = False
+    velora_config: Any = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: Any = None
+    layer_replication: list[tuple[int, int]] | None = None
+    runtime_config: Any = None
+    target_parameters: list[str] | None = None
+    use_bdlora: Any = None
+    arrow_config: Any = None
+    kasa_config: Any = None
+    ensure_weight_tying: bool = False
+
+    _not_saved: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
+    _unbuilt: ClassVar[Mapping[str, Any]] = {
+        "megatron_config": None,
+        "trainable_token_indices": None,
+        "loftq_config": {},
+        "eva_config": None,
+        "corda_config": None,
+        "lora_ga_config": None,
+        "use_dora": False,
+        "velora_config": None,
+        "alora_invocation_tokens": None,
+        "use_qalora": False,
+        "monteclora_config": None,
+        "layer_replication": None,
+        "runtime_config": None,
+        "target_parameters": None,
+        "use_bdlora": None,
+        "arrow_config": None,
+        "kasa_config": None,
+        "ensure_weight_tying": False,
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        where = "LoraConfig"
+        self.rank_pattern = dict(self.rank_pattern or {})
+        self.alpha_pattern = dict(self.alpha_pattern or {})
+        for name, rank in [("r", self.r), *self.rank_pattern.items()]:
+            is_rank = isinstance(rank, int) and not isinstance(rank, bool) and rank > 0
+            require(is_rank, where, name, rank, "an integer of at least 1")
+        for name, alpha in [("lora_alpha", self.lora_alpha), *self.alpha_pattern.items()]:
+            is_alpha = isinstance(alpha, (int, float)) and math.isfinite(alpha)
+            require(is_alpha, where, name, alpha, "a finite number")
+        p = self.lora_dropout
+        require(0.0 <= p < 1.0, where, "lora_dropout", p, "at least 0 and below 1")
+        check_choice(where, "bias", self.bias, ("none", "all", "lora_only"))
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise UnsupportedError(
+                f"LoraConfig: `init_lora_weights` (={self.init_lora_weights!r}) must be True, False "
+                'or "gaussian". Other initialisations of PEFT are not built yet.'
+            )
+
+
+@method("LORA", config=LoraConfig, paper="arXiv:2106.09685")
+class LoRA(Method):
+    """LoRA at one site: constants from the config, tensors named by the geometry."""
+
+    prefix = "lora_"
+    geometries = frozenset({"linear", "conv1d_transposed", "conv", "embedding"})
+
+    def __init__(self, site: Site, config: LoraConfig, shared: Shared | None = None) -> None:
+        super().__init__(site, config)
+        assert site.geometry is not None
+        self.geometry = site.geometry
+        self.A, self.B = self.geometry.factors
+        self.rank = pattern_value(config.rank_pattern, site.path, config.r)
+        self.alpha = pattern_value(config.alpha_pattern, site.path, config.lora_alpha)
+        self.scaling = self.alpha / (math.sqrt(self.rank) if config.use_rslora else self.rank)
+        is_lookup = self.geometry.name == "embedding"
+        self.dropout = 0.0 if is_lookup else config.lora_dropout
+        self.bias = None if is_lookup or not config.lora_bias else "lora_B.bias"
+        refusal = self.geometry.check_rank(site.layer, self.rank)
+        if refusal:
+            raise TargetError(f"LoRA cannot adapt {site.path}: {refusal}.")
+
+    def tensors(self) -> dict[str, TensorSpec]:
+        a, b = self.geometry.factor_shapes(self.site.layer, self.rank)
+        specs = {self.A: TensorSpec(a), self.B: TensorSpec(b)}
+        if self.bias:
+            specs[self.bias] = TensorSpec((b[0],))
+        return specs
+
+    def reset(self, params: Params) -> None:
+        A, B = params[self.A], params[self.B]
+        init = self.config.init_lora_weights
+        if self.geometry.name == "embedding":
+            # A lookup in A must start at zero: each row of A is one token's code.
+            nn.init.normal_(A) if init is False else nn.init.zeros_(A)
+            nn.init.normal_(B)
+        else:
+            if init == "gaussian":
+                nn.init.normal_(A, std=1 / self.rank)
+            else:
+                nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            if init is False:
+                nn.init.kaiming_uniform_(B, a=math.sqrt(5))
+            else:
+                nn.init.zeros_(B)
+        if self.bias:
+            nn.init.zeros_(params[self.bias])
+
+    def apply(self, params: Params, x: Tensor) -> Tensor:
+        A, B = params[self.A], params[self.B]
+        dtype = self.geometry.input_dtype(x, A)
+        bias = params[self.bias].to(dtype) if self.bias else None
+        h = self.geometry.project(self.site.layer, x, A.to(dtype))
+        return self.geometry.lift(self.site.layer, h, B.to(h.dtype), bias) * self.scaling
+
+    def add(self, params: Params, y: Tensor, x: Tensor, training: bool) -> Tensor:
+        if self.bias:
+            return super().add(params, y, x, training)
+        if self.dropout and training:
+            x = torch.nn.functional.dropout(x, self.dropout)
+        A, B = params[self.A], params[self.B]
+        dtype = self.geometry.input_dtype(x, A)
+        return self.geometry.add_low_rank(
+            self.site.layer, y, x, A.to(dtype), B.to(dtype), self.scaling
+        )
+
+    def delta(self, params: Params, W: Tensor | None = None) -> Tensor:
+        product = self.geometry.product(self.site.layer, params[self.A], params[self.B])
+        return product * self.scaling
+
+    def delta_bias(self, params: Params) -> Tensor | None:
+        return params[self.bias] * self.scaling if self.bias else None

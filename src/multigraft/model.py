@@ -1,0 +1,409 @@
+"""`PeftModel`: a base model with adapters, as scripts written for PEFT hold it.
+
+The lifecycle lives in `multigraft.tuner`; this class adds files, mixed batches and the task
+classes' small differences.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from multigraft import checkpoint
+from multigraft.config import PeftConfig, TargetedConfig, TaskType
+from multigraft.errors import MultigraftWarning, RoutingError
+from multigraft.keys import strip_prefix
+from multigraft.loading import load_into
+from multigraft.roster import Roster
+from multigraft.routing import Route, check_names
+from multigraft.state import embedding_weights
+from multigraft.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
+from multigraft.tuner import Tuner
+
+
+class PeftModel(nn.Module):
+    """A base model and its adapters, side by side.
+
+    Args:
+        model: the base model; a `PeftModel` stands for its base, so adapters never nest.
+        peft_config: the first adapter's config, or None to attach none yet.
+        adapter_name: its name.
+        autocast_adapter_dtype: keep float32 adapters on a half-precision base.
+        low_cpu_mem_usage: make the adapter's tensors on the meta device.
+    """
+
+    default_saved_modules: tuple[str, ...] = ()
+    """Heads that a task's adapters train whole, where the model has them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | None,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        base = base_of(model)
+        self.base_model = Tuner(base)
+        self.config = getattr(base, "config", {"model_type": "custom"})
+        self.training = base.training
+        if peft_config is not None:
+            self.base_model.add_adapter(
+                adapter_name,
+                self._with_defaults(peft_config),
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                activate=True,
+            )
+        if getattr(base, "is_gradient_checkpointing", False):
+            _let_gradients_in(base)
+
+    # -- what it holds ------------------------------------------------------------------------
+
+    @property
+    def roster(self) -> Roster:
+        """Which adapters there are and who is active."""
+        return self.base_model.roster
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """The model's own copies of its adapters' configs, by name."""
+        return self.roster.configs
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Active adapters, in order."""
+        return list(self.roster.active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The single active adapter's name, or a list of none or several."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        """The (first) active adapter's config."""
+        return self.peft_config[self.roster.active[0]]
+
+    @property
+    def peft_type(self) -> Any:
+        """The (first) active adapter's method."""
+        return self.active_peft_config.peft_type
+
+    def get_base_model(self) -> nn.Module:
+        """The base model's own object, with the adapters in it."""
+        return self.base_model.model
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+    # -- forward ------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The base model's forward with the active adapters, or row by row with those named.
+
+        Args:
+            adapter_names: one name per row of the batch; ``"__base__"`` for rows without one.
+
+        Raises:
+            RoutingError: a name is unknown or merged, or the count is wrong.
+        """
+        with self._route(adapter_names, args, kwargs):
+            return self.get_base_model()(*args, **kwargs)
+
+    def generate(
+        self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Any:
+        """The base model's ``generate``, with the same choice of adapters as `forward`."""
+        config = kwargs.get("generation_config") or getattr(self, "generation_config", None)
+        repeats = 1
+        for option in ("num_beams", "num_return_sequences"):
+            repeats = max(repeats, kwargs.get(option) or getattr(config, option, None) or 1)
+        with self._route(adapter_names, args, kwargs, repeats):
+            return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+
+    def _route(
+        self, names: Sequence[str] | None, args: Any, kwargs: Mapping[str, Any], repeats: int = 1
+    ) -> AbstractContextManager[None]:
+        if names is None:
+            return nullcontext()
+        first = next(
+            (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None
+        )
+        if first is None:
+            raise RoutingError("`adapter_names` needs a batch: no tensor was given as an argument.")
+        check_names(names, first.shape[0], self.roster)
+        tokens = first.shape[1] if first.dim() > 1 else None
+        return self.roster.routed(Route(list(names), repeats, tokens))
+
+    # -- lifecycle ----------------------------------------------------------------------------
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Graft a new adapter beside the others; it starts inactive and frozen.
+
+        Raises:
+            AdapterNameError: the name is taken or cannot name a folder.
+            TargetError: the config does not fit the model; nothing was changed.
+        """
+        self.base_model.add_adapter(
+            adapter_name,
+            self._with_defaults(peft_config),
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+        )
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make exactly these adapters active; see `Tuner.set_adapter`."""
+        self.base_model.set_adapter(adapter_name, inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; see `Tuner.delete_adapter`."""
+        self.base_model.delete_adapter(adapter_name)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The base's own outputs for the length of the block; no flag of any tensor changes."""
+        with self.base_model.disabled():
+            yield
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The base model with the adapters merged in; see `Tuner.merge_and_unload`."""
+        return self.base_model.merge_and_unload(*args, **kwargs)
+
+    def unload(self) -> nn.Module:
+        """The base model as it was before the first adapter."""
+        return self.base_model.unload()
+
+    # -- numbers ------------------------------------------------------------------------------
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) parameter counts; packed 4-bit weights count as what they hold."""
+        trainable = total = 0
+        for parameter in self.parameters():
+            count = parameter.numel() or getattr(parameter, "ds_numel", 0)
+            if type(parameter).__name__ == "Params4bit":
+                count *= 2 * parameter.element_size()
+            total += count
+            trainable += count if parameter.requires_grad else 0
+        return trainable, total
+
+    def print_trainable_parameters(self) -> None:
+        """Print the counts of `get_nb_trainable_parameters` and their ratio in per cent."""
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total if total else 0.0
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}"
+        )
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """What is true of each adapted layer."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """What is true of the whole model."""
+        return get_model_status(self)
+
+    # -- files --------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save adapters in PEFT's format: ``default`` in the directory, others in a subfolder each.
+
+        Args:
+            selected_adapters: names; all by default.
+            save_embedding_layers: True adds the base matrices of adapted embeddings.
+            is_main_process: only the main process writes.
+            state_dict: the whole model's gathered state dict, when it is sharded.
+
+        Raises:
+            CheckpointError: tensors are missing or the disk refuses; old files are unchanged.
+        """
+        if not safe_serialization:
+            raise checkpoint.CheckpointError(
+                "`safe_serialization` (=False): Multigraft writes safetensors only; pickles can run "
+                "code when they are read. Leave it at True: PEFT reads these files."
+            )
+        names = self.roster.require(
+            self.peft_config if selected_adapters is None else selected_adapters
+        )
+        if not is_main_process:
+            return
+        root = Path(save_directory)
+        if root.is_file():
+            raise checkpoint.CheckpointError(
+                f"{root} is a file; `save_directory` must be a directory."
+            )
+        gathered = None
+        if state_dict is not None:
+            gathered = {strip_prefix(key): value for key, value in state_dict.items()}
+        for name in names:
+            config = self._for_disk(self.peft_config[name])
+            state = checkpoint.adapter_state(self.roster, name, gathered)
+            if save_embedding_layers is True:
+                state |= embedding_weights(self.roster, name)
+            checkpoint.save(root if name == "default" else root / name, config, state)
+        if names:
+            checkpoint.save_card(root, config, str(config.peft_type))
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        strict: bool = True,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs: Any,
+    ) -> checkpoint.LoadReport:
+        """Load an adapter from a directory or the hub; over an existing one of that name as well.
+
+        Args:
+            is_trainable: whether its parameters require gradients.
+            torch_device: where its tensors go; beside their base layers by default.
+            key_mapping: regular expressions to replacements for the file's keys.
+            strict: fail on missing, unexpected and non-finite tensors.
+            ignore_mismatched_sizes: leave tensors of another shape at their initial values.
+
+        Returns:
+            What the file and the model disagreed about, when that was allowed.
+
+        Raises:
+            CheckpointError: the files are damaged or do not fit; nothing was changed.
+        """
+        return load_into(
+            self.base_model,
+            model_id,
+            adapter_name,
+            is_trainable=is_trainable,
+            autocast=autocast_adapter_dtype,
+            device=torch_device,
+            key_mapping=key_mapping,
+            strict=strict,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            **kwargs,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """A base model with an adapter from a directory or the hub; see `load_adapter`.
+
+        Args:
+            config: used instead of the file's config.
+        """
+        from multigraft.auto import class_for
+        from multigraft.loading import read_config
+
+        if config is None:
+            config, kwargs = read_config(model_id, adapter_name, kwargs)
+        klass = class_for(config) if cls is PeftModel else cls
+        peft_model = klass(model, None)
+        peft_model.load_adapter(
+            model_id,
+            adapter_name,
+            is_trainable=is_trainable,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            key_mapping=key_mapping,
+            config=config,
+            activate=True,
+            **kwargs,
+        )
+        return peft_model
+
+    def _with_defaults(self, config: PeftConfig) -> PeftConfig:
+        """A copy that names its base model and saves the task's head, where the model has one."""
+        config = config.copy()
+        base = self.get_base_model()
+        own = getattr(base, "config", None)
+        name = (
+            own.get("_name_or_path")
+            if isinstance(own, dict)
+            else getattr(base, "name_or_path", None)
+        )
+        config.base_model_name_or_path = config.base_model_name_or_path or name or None
+        if self.default_saved_modules and isinstance(config, TargetedConfig):
+            there = {n.rpartition(".")[2] for n, _ in base.named_modules()}
+            heads = [n for n in self.default_saved_modules if n in there]
+            config.modules_to_save = (
+                list(dict.fromkeys([*(config.modules_to_save or []), *heads])) or None
+            )
+        return config
+
+    def _for_disk(self, config: PeftConfig) -> PeftConfig:
+        config = config.copy()
+        if config.task_type is None:
+            base = self.get_base_model()
+            library = type(base).__module__.partition(".")[0]
+            config.auto_mapping = {
+                "base_model_class": type(base).__name__,
+                "parent_library": library,
+            }
+        return config
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The base model behind a handle of ours; anything else is its own base."""
+    while isinstance(model, (PeftModel, Tuner)):
+        model = model.get_base_model() if isinstance(model, PeftModel) else model.model
+    return model
+
+
+def _let_gradients_in(base: nn.Module) -> None:
+    """Gradient checkpointing needs an input that requires gradients; a frozen embedding gives none."""
+    enable = getattr(base, "enable_input_require_grads", None)
+    if callable(enable):
+        enable()
+    else:
+        warnings.warn(
+            f"{type(base).__name__} checkpoints gradients and has no enable_input_require_grads(); "
+            "with a frozen embedding, reentrant checkpointing would give no gradients.",
+            MultigraftWarning,
+            stacklevel=3,
+        )
+
+
+__all__ = ["PeftModel", "TaskType", "base_of", "torch"]

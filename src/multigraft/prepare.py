@@ -1,0 +1,116 @@
+"""From a config to an adapter that is ready to attach: found, checked, and then made.
+
+`prepare` touches neither model nor memory; `Prepared.grow` makes the tensors. Only
+`multigraft.wrap.attach`, after both, edits the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from multigraft.config import PeftConfig, TargetedConfig
+from multigraft.graft import Graft, grow
+from multigraft.keys import disk_names
+from multigraft.methods import Method
+from multigraft.sites import Need, find, minimal_names
+from multigraft.survey import Spot, survey
+from multigraft.wrap import Scion
+
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+@dataclass(eq=False)
+class Prepared:
+    """An adapter that fits the model, before any tensor is made.
+
+    Args:
+        adapter: its name.
+        config: the model's own copy, with the targets resolved to names.
+        parts: (what is needed, the method's instance there), in the model's order.
+    """
+
+    adapter: str
+    config: PeftConfig
+    parts: list[tuple[Need, Method]]
+
+    @cached_property
+    def main_spots(self) -> set[int]:
+        """Identities of the modules whose weight this adapter acts on."""
+        return {id(need.spot) for need, _ in self.parts if need.site.parameter is None}
+
+    def expected(self) -> dict[str, tuple[int, ...]]:
+        """Shapes by key on disk, relative to the base model."""
+        return {
+            key: spec_shape
+            for need, method in self.parts
+            for key, spec_shape in self._keys(need, method).values()
+        }
+
+    def grow(self, given: Mapping[str, Tensor], autocast: bool, on_meta: bool) -> list[Scion]:
+        """Make every tensor; ``given`` maps keys on disk to values that are taken over.
+
+        Args:
+            autocast: float32 adapters on a half-precision (or float8) base.
+            on_meta: no memory, no values.
+        """
+        scions = []
+        for need, method in self.parts:
+            keys = self._keys(need, method)
+            found = {name: given[key] for name, (key, _) in keys.items() if key in given}
+            graft = Graft(self.adapter, method)
+            if method.kind == "replace":
+                module = method.module()
+                if found:
+                    module.load_state_dict(found, strict=False)
+                scions.append(Scion(need.spot, graft, module=module))
+                continue
+            dtype = need.site.dtype
+            if autocast and (dtype in LOW_PRECISION or dtype.itemsize == 1):
+                dtype = torch.float32
+            device = torch.device("meta") if on_meta else need.site.device
+            scions.append(Scion(need.spot, graft, grow(method, dtype, device, found)))
+        return scions
+
+    def _keys(self, need: Need, method: Method) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name in memory to (key on disk, shape), for what is saved."""
+        beside = need.site.parameter is not None and id(need.spot) in self.main_spots
+        return {
+            name: (disk_names(need.site, spec.on_disk or name, beside), spec.shape)
+            for name, spec in method.tensors().items()
+            if spec.saved
+        }
+
+
+def prepare(
+    model: nn.Module, adapter: str, config: PeftConfig, *, lenient: bool = False
+) -> Prepared:
+    """Find the sites and let each method check its own; pure.
+
+    Raises:
+        TargetError: the config does not fit this model.
+    """
+    config = config.copy()
+    spots = survey(model)
+    needs = find(model, config, spots, lenient=lenient)
+    main = [n for n in needs if n.method.name == str(config.peft_type)]
+    shared = main[0].method.shared(config, [n.site for n in main]) if main else {}
+    parts = [(need, need.method(need.site, config, shared)) for need in needs]
+    _resolve_targets(config, main, spots)
+    return Prepared(adapter, config, parts)
+
+
+def _resolve_targets(config: PeftConfig, main: Sequence[Need], spots: Sequence[Spot]) -> None:
+    """Write what "all-linear" and None turned out to mean into the model's own copy."""
+    if not isinstance(config, TargetedConfig) or config.target_modules not in (None, "all-linear"):
+        return
+    chosen = [need.spot for need in main]
+    if config.exclude_modules or config.layers_to_transform is not None:
+        # A list of full paths is exact; suffixes could mean more than the filters let through.
+        config.target_modules = sorted(spot.path for spot in chosen)
+    else:
+        config.target_modules = minimal_names(chosen, spots)

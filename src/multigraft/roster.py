@@ -1,0 +1,119 @@
+"""The roster: which adapters a model has, where they act, and who is active.
+
+One per adapted model, shared by all its adapted layers. It holds indices only; what is true of a
+layer is read from the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from multigraft.config import PeftConfig
+from multigraft.errors import AdapterNameError, RoutingError, did_you_mean
+from multigraft.graft import Graft
+from multigraft.layer import AdaptedLayer
+from multigraft.routing import Route
+
+
+class Roster:
+    """Adapters of one base model.
+
+    Args:
+        root: the base model.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self.configs: dict[str, PeftConfig] = {}
+        self.layers: dict[str, list[AdaptedLayer]] = {}
+        self.active: tuple[str, ...] = ()
+        self.enabled = True
+        self.route: Route | None = None
+        self.hidden: list[Any] = []
+        """Merged values that are out of the base while adapters are disabled."""
+        self.thawed: list[nn.Parameter] = []
+        """Base parameters that were trainable before the first adapter froze the base."""
+
+    def acting(self) -> tuple[str, ...]:
+        """The adapters that forwards without a route use."""
+        return self.active if self.enabled else ()
+
+    @property
+    def merged(self) -> list[str]:
+        """Adapters that are merged at any layer."""
+        return [n for n in self.configs if any(n in x.merged_adapters for x in self.layers[n])]
+
+    def require(self, names: str | Iterable[str]) -> list[str]:
+        """The names as a list without repeats.
+
+        Raises:
+            AdapterNameError: there is no such adapter.
+        """
+        wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+        for name in wanted:
+            if name not in self.configs:
+                known = ", ".join(f"`{n}`" for n in self.configs) or "none"
+                raise AdapterNameError(
+                    f"no adapter is called `{name}`.{did_you_mean(str(name), self.configs)} "
+                    f"There are: {known}."
+                )
+        return wanted
+
+    def touched(self, names: Iterable[str]) -> list[AdaptedLayer]:
+        """The layers at which any of these adapters acts, each once."""
+        found = {id(x): x for name in names for x in self.layers.get(name, ())}
+        return list(found.values())
+
+    def grafts(self, name: str) -> Iterator[tuple[AdaptedLayer, Graft]]:
+        """Every graft of one adapter, with its layer, in the model's order."""
+        for layer in self.layers[name]:
+            for graft in layer.grafts[name]:
+                yield layer, graft
+
+    def set_active(self, names: Sequence[str]) -> None:
+        """Make exactly these adapters active; checks every layer before any changes.
+
+        Raises:
+            StateError: two of them cannot act together.
+        """
+        layers = self.touched({*self.active, *names})
+        acting = tuple(names) if self.enabled else ()
+        for layer in layers:
+            layer.plan_for(acting, layer.merged_grafts)
+        self.active = tuple(names)
+        for layer in layers:
+            layer.replan()
+
+    def set_requires_grad(self, names: Iterable[str], requires_grad: bool) -> None:
+        """Freeze or thaw the trainable parameters of these adapters, and of no others."""
+        for name in names:
+            for _, graft in self.grafts(name):
+                for parameter in graft.parameters():
+                    if parameter.is_floating_point():
+                        parameter.requires_grad_(requires_grad)
+
+    def check_batchable(self, name: str) -> None:
+        """Fail when one of the adapter's methods cannot serve single rows of a batch.
+
+        Raises:
+            RoutingError: names the method.
+        """
+        for _, graft in self.grafts(name):
+            if not graft.method.batchable:
+                raise RoutingError(
+                    f"`adapter_names`: `{name}` is a {graft.method.name}, which cannot serve "
+                    "single rows of a batch. Give it a batch of its own with set_adapter()."
+                )
+
+    @contextmanager
+    def routed(self, route: Route | None) -> Iterator[None]:
+        """Let this route decide, for the length of the block."""
+        before, self.route = self.route, route
+        try:
+            yield
+        finally:
+            self.route = before

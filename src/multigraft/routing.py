@@ -1,0 +1,103 @@
+"""Routes: which adapter each row of a batch uses, for the length of a call.
+
+The model owns the route; layers read it. Row indices are made once per device, not once per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from multigraft.errors import RoutingError, did_you_mean
+
+if TYPE_CHECKING:
+    from multigraft.layer import AdaptedLayer
+    from multigraft.roster import Roster
+
+BASE = "__base__"
+"""Stands for rows that no adapter acts on."""
+
+
+class Route:
+    """Adapter names by row, resolved to row indices per adapter.
+
+    Args:
+        names: one per row of the batch; `BASE` for rows without an adapter.
+        repeats: how often each row is repeated in succession (beams, returned sequences).
+        tokens: sizes that a flattened ``(batch * tokens, ...)`` input may have, per row.
+    """
+
+    def __init__(self, names: Sequence[str], repeats: int = 1, tokens: int | None = None) -> None:
+        self.names = [name for name in names for _ in range(repeats)]
+        self.tokens = tokens
+        self._rows: dict[str, list[int]] = {}
+        for row, name in enumerate(self.names):
+            if name != BASE:
+                self._rows.setdefault(name, []).append(row)
+        self._indices: dict[tuple[torch.device, int], list[tuple[str, Tensor]]] = {}
+
+    def groups(self, x: Tensor, layer: AdaptedLayer) -> list[tuple[str, Tensor]]:
+        """Pairs of adapter and row indices into ``x``'s first axis.
+
+        Raises:
+            RoutingError: the first axis is neither the batch nor the batch times its tokens.
+        """
+        batch = len(self.names)
+        per_row = 1 if x.shape[0] in (batch, 1) else self._tokens_per_row(x, layer)
+        key = (x.device, per_row)
+        found = self._indices.get(key)
+        if found is None:
+            span = torch.arange(per_row, device=x.device)
+            found = [
+                (name, (torch.tensor(rows, device=x.device)[:, None] * per_row + span).reshape(-1))
+                for name, rows in self._rows.items()
+            ]
+            self._indices[key] = found
+        return found
+
+    def spread(self, x: Tensor) -> Tensor:
+        """An input that all rows share (positions, say) as one row per row of the batch."""
+        return x.expand(len(self.names), *x.shape[1:]) if x.shape[0] == 1 else x
+
+    def _tokens_per_row(self, x: Tensor, layer: AdaptedLayer) -> int:
+        if self.tokens is not None and x.shape[0] == len(self.names) * self.tokens:
+            return self.tokens
+        raise RoutingError(
+            f"{layer.path}: the input's first axis (={x.shape[0]}) is not the batch's "
+            f"(={len(self.names)} rows), so rows cannot be told apart here. Run the rows of each "
+            "adapter in a batch of their own, or leave this layer out with `exclude_modules`."
+        )
+
+
+def check_names(names: Sequence[str], rows: int | None, roster: Roster) -> None:
+    """Fail unless the roster can serve these rows now.
+
+    Raises:
+        RoutingError: wrong count, unknown adapter, or adapters merged or switched off.
+    """
+    if isinstance(names, str) or not all(isinstance(n, str) for n in names):
+        raise RoutingError(f"`adapter_names` (={names!r}) must be a list with one name per row.")
+    if rows is not None and len(names) != rows:
+        raise RoutingError(
+            f"`adapter_names` has {len(names)} names for a batch of {rows} rows. Give one per row, "
+            f'"{BASE}" for rows without an adapter.'
+        )
+    unknown = sorted(set(names) - set(roster.configs) - {BASE})
+    if unknown:
+        hint = did_you_mean(unknown[0], roster.configs)
+        raise RoutingError(
+            f"`adapter_names`: no adapter is called {', '.join(f'`{n}`' for n in unknown)}.{hint} "
+            f"There are: {', '.join(f'`{n}`' for n in roster.configs) or 'none'}."
+        )
+    if roster.merged:
+        raise RoutingError(
+            f"`adapter_names`: adapters {roster.merged} are merged into the base and would act on "
+            "every row. Call unmerge_adapter() first."
+        )
+    if not roster.enabled:
+        raise RoutingError("`adapter_names`: adapters are disabled. Leave disable_adapter() first.")
+    for name in sorted(set(names) - {BASE}):
+        roster.check_batchable(name)

@@ -1,0 +1,64 @@
+"""A site: one place in the base model that an adapter can act on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from multigraft.bases import Geometry
+from multigraft.storage import Storage
+
+
+@dataclass(eq=False)
+class Site:
+    """A base layer under its base path, with what serves its shape and its storage.
+
+    Args:
+        path: dotted path in the base model; it never contains a wrapper's name.
+        layer: the base module itself, never a wrapper.
+        geometry: how a low-rank pair runs through it; None for modules that only whole-module
+            methods can act on.
+        storage: how its tensors are read and written.
+        parameter: the tensor that is acted on when it is not the weight behind the forward: a
+            bias, or a fused parameter of a module that reads it directly.
+        kept: what the storage kept of the base's tensors while adapters are merged into them.
+    """
+
+    path: str
+    layer: nn.Module
+    geometry: Geometry | None
+    storage: Storage
+    parameter: str | None = None
+    kept: dict[str, Any] = field(default_factory=dict)
+
+    def weight(self) -> Tensor:
+        """The base's own tensor, dense and in its layout, even while adapters are merged."""
+        name = self.tensor_name
+        if name in self.kept:
+            return self.storage.read_kept(self.layer, self.kept[name], name)
+        return self.storage.read(self.layer, name)
+
+    @property
+    def tensor_name(self) -> str:
+        """Name of the base tensor that this site's adapters change."""
+        return self.parameter or "weight"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base layer's first tensor lives; new adapter tensors are made there."""
+        for tensor in (*self.layer._parameters.values(), *self.layer._buffers.values()):
+            if isinstance(tensor, Tensor):
+                return tensor.device
+        tensor = next(self.layer.parameters(), None)
+        return tensor.device if tensor is not None else torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating dtype that new adapter tensors take from the base layer."""
+        return self.storage.compute_dtype(self.layer) or torch.float32
+
+    def __str__(self) -> str:
+        return f"{self.path}.{self.parameter}" if self.parameter else self.path

@@ -1,0 +1,278 @@
+"""Which sites a config means on a model: pure, it changes neither.
+
+Names are matched against base paths alone (`multigraft.survey`), by whole path components:
+``q_proj`` matches ``layers.0.q_proj`` and never ``layers.0.my_q_proj`` or an adapter's tensors.
+A name that means nothing is an error with the nearest real ones, not a silent omission; files of
+other libraries are read with ``lenient=True``, where it is a warning.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from multigraft.bases import geometry_of
+from multigraft.config import PeftConfig, TargetedConfig, TaskType, matching_pattern
+from multigraft.defaults import default_targets
+from multigraft.errors import MultigraftWarning, TargetError, did_you_mean
+from multigraft.methods import METHODS, Method
+from multigraft.registry import qualified_name
+from multigraft.site import Site
+from multigraft.storage import storage_of
+from multigraft.survey import Spot
+
+BYPASSED = {
+    "torch.nn.modules.activation.MultiheadAttention": frozenset({"out_proj"}),
+    "torch.nn.modules.transformer.TransformerEncoderLayer": frozenset({"linear1", "linear2"}),
+}
+"""Parents that read their children's ``.weight`` directly, so that an adapter's forward may never
+run: an adapter there would train and then vanish, or never train at all."""
+
+HEAD_NAMES = ("score", "classifier")
+"""Heads of sequence classifiers, which transformers initialises afresh."""
+
+
+@dataclass(eq=False)
+class Need:
+    """One thing that a config asks for: this method at this site."""
+
+    site: Site
+    method: type[Method]
+    spot: Spot
+
+
+def find(
+    model: nn.Module, config: PeftConfig, spots: Sequence[Spot], *, lenient: bool = False
+) -> list[Need]:
+    """Everything that ``config`` means on ``model``, in the order of the model's modules.
+
+    Args:
+        spots: the model's base view, from `multigraft.survey.survey`.
+        lenient: warn, rather than fail, about names that match nothing beside others that do.
+
+    Raises:
+        TargetError: nothing matches; a name matches nothing; a matched module cannot be adapted.
+    """
+    if not isinstance(config, TargetedConfig):
+        raise TargetError(f"{type(config).__name__} does not act on sites of the model.")
+    main = METHODS[str(config.peft_type)]
+    saved = _saved(config, spots, lenient)
+    taken = {id(need.spot) for need in saved}
+    targets = _targets(model, config, spots, taken, lenient)
+    needs = [Need(_site(spot, main), main, spot) for spot in targets]
+    _check_patterns(config, [need.site.path for need in needs], lenient)
+    return needs + saved + _biases(config, needs, spots, taken)
+
+
+def minimal_names(targets: Iterable[Spot], spots: Sequence[Spot]) -> list[str]:
+    """The shortest list of names that means exactly these modules: last components, or paths."""
+    chosen = {id(spot) for spot in targets}
+    names = sorted({spot.path.rpartition(".")[2] for spot in spots if id(spot) in chosen})
+    lookup = set(names)
+    exact = all(
+        id(spot) in chosen or not any(p.rpartition(".")[2] in lookup for p in spot.paths)
+        for spot in spots
+    )
+    return names if exact else sorted(spot.path for spot in spots if id(spot) in chosen)
+
+
+def _targets(
+    model: nn.Module, config: TargetedConfig, spots: Sequence[Spot], taken: set[int], lenient: bool
+) -> list[Spot]:
+    wanted = config.target_modules
+    if wanted is None:
+        wanted = default_targets(model)
+    if wanted == "all-linear":
+        found = _all_linear(model, config, spots)
+    else:
+        found = [s for s in spots if any(_matches(wanted, p) for p in s.paths)]
+        _check_names("target_modules", wanted, spots, found, lenient)
+        found = [s for s in found if _in_layers(config, s, wanted, lenient)]
+    excluded = config.exclude_modules
+    if excluded:
+        without = [s for s in found if not any(_matches(excluded, p) for p in s.paths)]
+        _check_names("exclude_modules", excluded, spots, spots, lenient)
+        found = without
+    found = [s for s in found if id(s) not in taken]
+    if not found and wanted != []:
+        raise TargetError(
+            f"no module is left to adapt: `target_modules` (={config.target_modules!r}), "
+            f"`exclude_modules` (={excluded!r}), `layers_to_transform` "
+            f"(={config.layers_to_transform!r}), `modules_to_save` (={config.modules_to_save!r})."
+        )
+    return found
+
+
+def _all_linear(model: nn.Module, config: TargetedConfig, spots: Sequence[Spot]) -> list[Spot]:
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = getattr(head, "base_layer", head)
+    is_classifier = head is None and config.task_type == TaskType.SEQ_CLS
+    found = []
+    for spot in spots:
+        geometry = geometry_of(spot.layer)
+        is_head = spot.layer is head or (is_classifier and spot.path in HEAD_NAMES)
+        if geometry is None or not geometry.is_linear or is_head or _bypass(spot) is not None:
+            continue
+        if _in_layers(config, spot, "all-linear", lenient=True):
+            found.append(spot)
+    if not found:
+        raise TargetError(
+            f'`target_modules` (="all-linear"): {type(model).__name__} has no linear layer besides '
+            "its output head. Name the modules to adapt."
+        )
+    return found
+
+
+def _matches(wanted: list[str] | str, path: str) -> bool:
+    """Whole-path regular expression for a string, dotted suffix for a list."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in wanted)
+
+
+def _check_names(
+    field: str, wanted: list[str] | str, spots: Sequence[Spot], found: Sequence[Spot], lenient: bool
+) -> None:
+    paths = [p for s in found for p in s.paths]
+    if isinstance(wanted, str):
+        if not any(_matches(wanted, p) for p in paths):
+            hint = ""
+            if any(_matches([wanted], p) for s in spots for p in s.paths):
+                hint = f" As a name it must stand in a list: {field}=[{wanted!r}]."
+            raise TargetError(
+                f"`{field}` (={wanted!r}): the expression matches no module's whole path.{hint}"
+            )
+        return
+    missing = [name for name in wanted if not any(_matches([name], p) for p in paths)]
+    if not missing:
+        return
+    known = {p.rpartition(".")[2] for s in spots for p in s.paths} | {s.path for s in spots}
+    hints = "".join(did_you_mean(name, known) for name in missing)
+    message = f"`{field}`: no module is called {', '.join(f'`{n}`' for n in missing)}.{hints}"
+    if lenient and len(missing) < len(wanted):
+        warnings.warn(message, MultigraftWarning, stacklevel=2)
+    else:
+        raise TargetError(message)
+
+
+def _in_layers(config: TargetedConfig, spot: Spot, wanted: list[str] | str, lenient: bool) -> bool:
+    """Whether ``layers_to_transform`` lets this module in."""
+    indices = config.layers_to_transform
+    if indices is None or indices == []:
+        return True
+    allowed = {indices} if isinstance(indices, int) else set(indices)
+    patterns = config.layers_pattern or [r"[^.]*"]
+    for pattern in patterns:
+        match = re.match(rf"(?:^|.*?\.)(?:{pattern})\.(\d+)\.", spot.path)
+        if match:
+            is_in = int(match.group(1)) in allowed
+            break
+    else:
+        is_in = False
+    if not is_in and isinstance(wanted, list) and spot.path in wanted:
+        # PEFT lets a full path pass whatever the indices; its files keep that meaning.
+        if lenient:
+            return True
+        raise TargetError(
+            f"`target_modules` names {spot.path} in full, but `layers_to_transform` (={indices!r}) "
+            "leaves it out. Drop one of the two."
+        )
+    return is_in
+
+
+def _site(spot: Spot, method: type[Method], parameter: str | None = None) -> Site:
+    layer = spot.layer
+    geometry = geometry_of(layer)
+    if method.kind != "replace" and parameter is None:
+        where = f"{method.name} cannot adapt {spot.path} ({type(layer).__name__})"
+        if geometry is None or geometry.name not in method.geometries:
+            able = ", ".join(sorted(method.geometries))
+            raise TargetError(
+                f"{where}: it adapts layers of the kinds {able}. Name such layers in "
+                "`target_modules`, or leave this one out with `exclude_modules`."
+            )
+        reason = _bypass(spot)
+        if reason:
+            raise TargetError(f"{where}: {reason}")
+    return Site(spot.path, layer, geometry, storage_of(layer), parameter)
+
+
+def _bypass(spot: Spot) -> str | None:
+    for parent, name in spot.places:
+        for cls in type(parent).__mro__:
+            if name in BYPASSED.get(qualified_name(cls), ()):
+                return (
+                    f"its parent {type(parent).__name__} reads `{name}.weight` directly, so an "
+                    "adapter on it would not run (in evaluation, or at all). Leave it out with "
+                    "`exclude_modules`."
+                )
+    return None
+
+
+def _saved(config: TargetedConfig, spots: Sequence[Spot], lenient: bool) -> list[Need]:
+    """`modules_to_save`, module by module: a container is saved through its leaves, so that other
+    adapters can still act on each of them."""
+    wanted = config.modules_to_save
+    if not wanted:
+        return []
+    method = METHODS["SAVED_MODULE"]
+    found = [s for s in spots if any(_matches(wanted, p) for p in s.paths)]
+    _check_names("modules_to_save", wanted, spots, found, lenient)
+    parts: dict[int, Spot] = {}
+    for spot in found:
+        inside = [s for s in spots if s is spot or s.path.startswith(f"{spot.path}.")]
+        owners = [s for s in inside if _own_tensors(s.layer)]
+        if not owners:
+            raise TargetError(f"`modules_to_save`: {spot.path} has no parameters to train.")
+        whole = any(s.layer._modules for s in owners)
+        if whole and any(s.wrapper for s in inside if s is not spot):
+            raise TargetError(
+                f"`modules_to_save`: {spot.path} holds parameters of its own beside modules that "
+                "are adapted, so it cannot be copied as a whole. Save its parts by name."
+            )
+        parts |= {id(s): s for s in ([spot] if whole else owners)}
+    return [Need(_site(s, method), method, s) for s in parts.values()]
+
+
+def _own_tensors(layer: nn.Module) -> bool:
+    return any(t is not None for t in (*layer._parameters.values(), *layer._buffers.values()))
+
+
+def _biases(
+    config: TargetedConfig, needs: Sequence[Need], spots: Sequence[Spot], taken: set[int]
+) -> list[Need]:
+    kind = getattr(config, "bias", "none")
+    if kind == "none":
+        return []
+    method = METHODS["BIAS"]
+    adapted = {id(need.spot) for need in needs}
+    if kind == "lora_only":
+        pairs = [(need.spot, "bias") for need in needs]
+    else:
+        pairs = [(s, name) for s in spots for name in s.layer._parameters if name.endswith("bias")]
+    return [
+        Need(_site(spot, method, name), method, spot)
+        for spot, name in pairs
+        if getattr(spot.layer, name, None) is not None
+        and id(spot) not in taken
+        and (id(spot) in adapted or spot.layer._modules == {})
+    ]
+
+
+def _check_patterns(config: TargetedConfig, paths: list[str], lenient: bool) -> None:
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, field, None) or {}
+        unused = [k for k in patterns if not any(matching_pattern({k: 0}, p) for p in paths)]
+        if unused:
+            known = {p.rpartition(".")[2] for p in paths} | set(paths)
+            hints = "".join(did_you_mean(k, known) for k in unused)
+            message = (
+                f"`{field}`: {', '.join(f'`{k}`' for k in unused)} match no adapted module.{hints}"
+            )
+            if not lenient:
+                raise TargetError(message)
+            warnings.warn(message, MultigraftWarning, stacklevel=2)

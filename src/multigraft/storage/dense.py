@@ -1,0 +1,86 @@
+"""Plain tensors: float32, bfloat16, float16, float64.
+
+Layers whose forward is not the registered class's own (an unknown subclass) are read but never
+written: nobody knows what their forward does with the weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from multigraft.bases.contract import geometry_of
+from multigraft.registry import qualified_name
+from multigraft.storage.contract import STORAGES, Storage
+
+
+class Dense(Storage):
+    """A floating-point parameter that is exactly what it looks like."""
+
+    name = "dense"
+
+    def refusal(self, layer: nn.Module, name: str = "weight") -> str | None:
+        if name not in layer._parameters:
+            return f"`{name}` of {type(layer).__name__} is not a plain parameter (parametrised?)"
+        parameter = layer._parameters[name]
+        if parameter is None or not parameter.is_floating_point():
+            return f"`{name}` of {type(layer).__name__} is not a floating-point tensor"
+        if parameter.is_meta:
+            return f"`{name}` of {type(layer).__name__} is on the meta device: it holds no values"
+        return None
+
+    def read(self, layer: nn.Module, name: str = "weight") -> Tensor:
+        # Through the attribute, so that a parametrised weight reads as what the forward uses.
+        tensor: Tensor = getattr(layer, name)
+        return tensor.detach()
+
+    def write(self, layer: nn.Module, value: Tensor, name: str = "weight") -> None:
+        with torch.no_grad():
+            _parameter(layer, name).copy_(value)
+
+    def keep(self, layer: nn.Module, name: str = "weight") -> Any:
+        return _parameter(layer, name).detach().clone()
+
+    def read_kept(self, layer: nn.Module, kept: Any, name: str = "weight") -> Tensor:
+        tensor: Tensor = kept
+        return tensor.to(getattr(layer, name).device)
+
+    def give_back(self, layer: nn.Module, kept: Any, name: str = "weight") -> None:
+        # The model may have moved since; in place, so that addresses held elsewhere stay good.
+        self.write(layer, kept, name)
+
+    def compute_dtype(self, layer: nn.Module) -> torch.dtype | None:
+        weight = getattr(layer, "weight", None)
+        return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else None
+
+
+class Foreign(Dense):
+    """A layer that we adapt through its forward but may not write."""
+
+    name = "foreign"
+
+    def refusal(self, layer: nn.Module, name: str = "weight") -> str | None:
+        kind = qualified_name(type(layer))
+        return (
+            f"`{kind}` overrides `forward`, so its `{name}` may mean something else than its base "
+            f"class's; register a storage for `{kind}` (multigraft.storage.STORAGES) to merge it"
+        )
+
+
+DENSE = Dense()
+FOREIGN = Foreign()
+STORAGES.register(nn.Parameter, Tensor)(DENSE)
+
+
+def plain(layer: nn.Module) -> Storage:
+    """`Dense`, unless the layer's class overrides the forward that its geometry knows."""
+    geometry = geometry_of(layer)
+    return DENSE if geometry is None or geometry.understands(layer) else FOREIGN
+
+
+def _parameter(layer: nn.Module, name: str) -> nn.Parameter:
+    parameter = layer._parameters[name]
+    assert parameter is not None, "asked `refusal` first"
+    return parameter

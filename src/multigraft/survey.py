@@ -1,0 +1,118 @@
+"""The base view of a model: its modules under their base paths, wrappers seen through.
+
+An adapted layer appears as its base layer, and nothing inside it is visited. So whatever looks for
+sites finds the same ones however many adapters there are, and can never find an adapter's tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from multigraft.errors import NestingError
+from multigraft.layer import AdaptedLayer
+from multigraft.registry import qualified_name
+
+TRANSPARENT = frozenset(
+    {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+)
+"""Child names through which wrappers of torch hold the real module; they are no part of a path."""
+
+TRANSPARENT_TYPES = frozenset(
+    {
+        "torch._dynamo.eval_frame.OptimizedModule",
+        "torch.nn.parallel.distributed.DistributedDataParallel",
+        "torch.nn.parallel.data_parallel.DataParallel",
+        "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel",
+        "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper",
+    }
+)
+FOREIGN_ADAPTERS = frozenset(
+    {"peft.tuners.tuners_utils.BaseTunerLayer", "peft.utils.other.AuxiliaryTrainingWrapper"}
+)
+
+
+@dataclass(eq=False)
+class Spot:
+    """One module of the base model, wherever it hangs.
+
+    Args:
+        layer: the base module.
+        paths: its base paths; more than one when the module is shared. The first one names it.
+        places: the (parent, child name) pairs that hold it or its wrapper.
+        wrapper: the adapted layer around it, if there is one.
+    """
+
+    layer: nn.Module
+    paths: list[str] = field(default_factory=list)
+    places: list[tuple[nn.Module, str]] = field(default_factory=list)
+    wrapper: AdaptedLayer | None = None
+
+    @property
+    def path(self) -> str:
+        """The path that names this module in configs and files."""
+        return self.paths[0]
+
+
+def survey(model: nn.Module) -> list[Spot]:
+    """Every module of the base model below ``model`` itself, in the order of `named_modules`.
+
+    Raises:
+        NestingError: a part of the model carries adapters of another library.
+    """
+    spots: dict[int, Spot] = {}
+    for path, parent, name, module in _children(model, ""):
+        wrapper = module if isinstance(module, AdaptedLayer) else None
+        layer = wrapper.base_layer if wrapper is not None else module
+        _refuse_foreign(layer, path)
+        spot = spots.get(id(layer))
+        if spot is None:
+            spot = spots[id(layer)] = Spot(layer)
+        spot.paths.append(path)
+        spot.places.append((parent, name))
+        spot.wrapper = wrapper or spot.wrapper
+    return list(spots.values())
+
+
+def adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
+    """The adapted layers of a model, each once."""
+    return [s.wrapper for s in survey(model) if s.wrapper is not None]
+
+
+def _children(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
+    """(base path, parent, name, child) depth first; not below adapted layers."""
+    is_transparent = qualified_name(type(module)) in TRANSPARENT_TYPES
+    for name, child in module._modules.items():
+        if child is None:
+            continue
+        if is_transparent and name in TRANSPARENT:
+            yield from _children(child, prefix)
+            continue
+        path = f"{prefix}{name}"
+        yield from _yield_one(path, module, name, child)
+
+
+def _yield_one(
+    path: str, parent: nn.Module, name: str, child: nn.Module
+) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
+    inner = child
+    while qualified_name(type(inner)) in TRANSPARENT_TYPES:
+        held = next((n for n in inner._modules if n in TRANSPARENT), None)
+        if held is None:
+            break
+        parent, name, inner = inner, held, inner._modules[held]  # type: ignore[assignment]
+    yield path, parent, name, inner
+    if not isinstance(inner, AdaptedLayer):
+        yield from _children(inner, f"{path}.")
+
+
+def _refuse_foreign(layer: nn.Module, path: str) -> None:
+    for cls in type(layer).__mro__:
+        if qualified_name(cls) in FOREIGN_ADAPTERS:
+            raise NestingError(
+                f"{path} carries an adapter of another library ({qualified_name(type(layer))}); "
+                "grafting onto it would nest one adapter in another. Unload that adapter first "
+                "(for PEFT: model = model.unload()), or load its checkpoint with Multigraft."
+            )

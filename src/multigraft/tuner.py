@@ -1,0 +1,321 @@
+"""The tuner: the lifecycle of adapters on a model in place, whoever holds the model.
+
+It is what `PeftModel.base_model` is, and what `inject_adapter_in_model` uses: add, activate,
+disable, merge, delete. Nothing here knows about files.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from multigraft import merge as merging
+from multigraft.config import PeftConfig, TargetedConfig
+from multigraft.containers import check_name
+from multigraft.errors import AdapterNameError, MultigraftWarning
+from multigraft.keys import sites_in
+from multigraft.layer import AdaptedLayer
+from multigraft.methods import METHODS
+from multigraft.prepare import Prepared, prepare
+from multigraft.roster import Roster
+from multigraft.survey import survey
+from multigraft.wrap import attach, detach, roster_of
+
+
+class Tuner(nn.Module):
+    """Adapters on ``model``, in place. Two tuners of one model share its roster.
+
+    Args:
+        model: the base model, adapted already or not.
+    """
+
+    prefix = "lora_"
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.roster = roster_of(model, survey(model)) or Roster(model)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's forward, with whatever adapters act."""
+        return self.model(*args, **kwargs)
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """The model's own copies of its adapters' configs, by name."""
+        return self.roster.configs
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Active adapters, in order."""
+        return list(self.roster.active)
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """The same list, under the name that PEFT's tuners have."""
+        return self.active_adapters
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        config: PeftConfig,
+        *,
+        given: Mapping[str, Tensor] | None = None,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        lenient: bool = False,
+        activate: bool | None = None,
+    ) -> None:
+        """Graft a new adapter beside those that are there; all of it, or nothing.
+
+        Args:
+            given: tensors by name on disk (``<path>.lora_A.weight``); what is given is not
+                initialised.
+            autocast_adapter_dtype: keep float32 adapters on a half-precision base.
+            low_cpu_mem_usage: make the tensors on the meta device, to be loaded later.
+            lenient: warn about target names that match nothing, rather than fail.
+            activate: make it the active adapter; by default only when there is no other.
+
+        Raises:
+            AdapterNameError: the name is taken or cannot name a folder.
+            TargetError: the config does not fit the model.
+        """
+        prepared = self.prepare(adapter_name, config, lenient=lenient)
+        self.commit(
+            prepared,
+            given or {},
+            autocast_adapter_dtype,
+            on_meta=low_cpu_mem_usage,
+            activate=activate,
+        )
+
+    def prepare(self, adapter_name: str, config: PeftConfig, *, lenient: bool = False) -> Prepared:
+        """Everything that can be known and checked before a tensor is made or the model touched.
+
+        Raises:
+            AdapterNameError, TargetError: as for `add_adapter`.
+        """
+        name = check_name(adapter_name)
+        if name in self.roster.configs:
+            raise AdapterNameError(
+                f"adapter `{name}` exists on this model. Choose another name, or call "
+                f"delete_adapter({name!r}) first."
+            )
+        self._adopt_roster()
+        if name in self.roster.configs:
+            return self.prepare(name, config, lenient=lenient)
+        return prepare(self.model, name, config, lenient=lenient)
+
+    def commit(
+        self,
+        prepared: Prepared,
+        given: Mapping[str, Tensor],
+        autocast_adapter_dtype: bool = True,
+        *,
+        on_meta: bool = False,
+        activate: bool | None = None,
+    ) -> None:
+        """Make the tensors that are not given, and attach; all of it, or nothing."""
+        name, config = prepared.adapter, prepared.config
+        scions = prepared.grow(given, autocast_adapter_dtype, on_meta)
+        attach(self.roster, name, config, scions)
+        is_first = len(self.roster.configs) == 1
+        if activate or (activate is None and is_first):
+            try:
+                self.roster.set_active([name])
+            except BaseException:
+                detach(self.roster, name)
+                raise
+        if config.inference_mode or name not in self.roster.active:
+            self.roster.set_requires_grad([name], False)
+        self._announce()
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make exactly these adapters active, trainable unless ``inference_mode``, the others frozen.
+
+        Merged adapters that are not among them are unmerged, with a warning.
+
+        Raises:
+            AdapterNameError: there is no such adapter; nothing was changed.
+            StateError: two of them cannot act together.
+        """
+        names = self.roster.require(adapter_name)
+        merged = [n for n in self.roster.merged if n not in names]
+        if merged:
+            warnings.warn(
+                f"adapters {merged} were merged and are not among {names}: they are unmerged.",
+                MultigraftWarning,
+                stacklevel=2,
+            )
+            merging.unmerge(self.roster, merged)
+        self.roster.set_active(names)
+        others = [n for n in self.roster.configs if n not in names]
+        self.roster.set_requires_grad(others, False)
+        self.roster.set_requires_grad(names, not inference_mode)
+
+    def set_requires_grad(
+        self, adapter_names: str | Sequence[str], requires_grad: bool = True
+    ) -> None:
+        """Freeze or thaw these adapters; others keep their flags."""
+        self.roster.set_requires_grad(self.roster.require(adapter_names), requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter, merged or not; the base's bits come back with the last one.
+
+        When the only active adapter goes, the first remaining one becomes active.
+        """
+        (name,) = self.roster.require(adapter_name)
+        if name in self.roster.merged:
+            merging.unmerge(self.roster, [name])
+        was_only = self.roster.active == (name,)
+        self.roster.set_active([n for n in self.roster.active if n != name])
+        detach(self.roster, name)
+        remaining = list(self.roster.configs)
+        if was_only and remaining:
+            self.roster.set_active(remaining[:1])
+            warnings.warn(
+                f"`{name}` was the active adapter; `{remaining[0]}` is active now.",
+                MultigraftWarning,
+                stacklevel=2,
+            )
+        self._announce()
+
+    def enable_adapter_layers(self) -> None:
+        """Let the active adapters act again."""
+        self._switch(True)
+
+    def disable_adapter_layers(self) -> None:
+        """Give the base's own outputs until adapters are enabled; nothing else changes."""
+        self._switch(False)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base's own outputs for the length of the block, merged adapters included."""
+        before = self.roster.enabled
+        self._switch(False)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def merge_adapter(
+        self,
+        adapter_names: Sequence[str] | None = None,
+        safe_merge: bool = False,
+        keep_original: bool = True,
+    ) -> None:
+        """Merge the active adapters, or those named; see `multigraft.merge.merge`."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        merging.merge(self.roster, names, safe=safe_merge, keep_original=keep_original)
+
+    def unmerge_adapter(self, adapter_names: Sequence[str] | None = None) -> None:
+        """Take merged adapters (all by default) out again, bit for bit."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        merging.unmerge(self.roster, names)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+    ) -> nn.Module:
+        """The base model with the adapters' changes in its own tensors, and no adapter left.
+
+        Adapters that are merged already stay in. All or nothing: a failure leaves the model as
+        it was.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        pending = self.roster.active if names is None else self.roster.require(names)
+        pending = [n for n in pending if n not in self.roster.merged]
+        if pending:
+            merging.merge(self.roster, pending, safe=safe_merge)
+        for layer in self.roster.touched(self.roster.configs):
+            layer.kept.clear()
+            layer.merged_grafts = []
+        return self._clear()
+
+    def unload(self) -> nn.Module:
+        """The base model as it was before the first adapter: the same objects, the same bits."""
+        if self.roster.merged:
+            merging.unmerge(self.roster)
+        return self._clear()
+
+    def layers(self) -> list[AdaptedLayer]:
+        """Every adapted layer of the model, each once."""
+        return self.roster.touched(self.roster.configs)
+
+    def _switch(self, enabled: bool) -> None:
+        if enabled == self.roster.enabled:
+            return
+        if enabled:
+            merging.show(self.roster.hidden)
+            self.roster.hidden = []
+        else:
+            self.roster.hidden = merging.hide(self.roster)
+        self.roster.enabled = enabled
+        for layer in self.roster.touched(self.roster.active):
+            layer.replan()
+
+    def _clear(self) -> nn.Module:
+        self.roster.active = ()
+        for name in list(self.roster.configs):
+            detach(self.roster, name)
+        self._announce()
+        return self.model
+
+    def _adopt_roster(self) -> None:
+        """Another handle may have adapted the model since this one last looked."""
+        if not self.roster.configs:
+            self.roster = roster_of(self.model, survey(self.model)) or self.roster
+
+    def _announce(self) -> None:
+        """`model.peft_config` on the base model, which other packages read; gone with the last."""
+        if self.roster.configs:
+            self.model.__dict__["peft_config"] = self.roster.configs
+        else:
+            self.model.__dict__.pop("peft_config", None)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+
+def inject_adapter_in_model(
+    peft_config: PeftConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """Graft an adapter onto ``model`` in place, without a `PeftModel` around it.
+
+    Args:
+        peft_config: what to graft; it is copied, never changed.
+        state_dict: an adapter's tensors by name on disk: its sites are adapted, whatever the config
+            targets. The values are not loaded; `set_peft_model_state_dict` does that.
+
+    Returns:
+        The same ``model``.
+
+    Raises:
+        UnsupportedError: the method changes the context rather than weights.
+    """
+    config = peft_config.copy()
+    if state_dict is not None and isinstance(config, TargetedConfig):
+        config.target_modules = sites_in(state_dict, METHODS[str(config.peft_type)].prefix)
+    Tuner(model).add_adapter(
+        adapter_name,
+        config,
+        autocast_adapter_dtype=False,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+        activate=True,
+    )
+    return model

@@ -1,0 +1,132 @@
+"""Attaching and detaching: the only code that edits the module tree.
+
+Everything is made and checked before the first edit; every edit is written into an undo log, so
+that a failure half-way leaves the very object graph that was there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from multigraft.config import PeftConfig
+from multigraft.errors import NestingError
+from multigraft.graft import Graft
+from multigraft.layer import AdaptedLayer
+from multigraft.roster import Roster
+from multigraft.survey import Spot, survey
+
+
+@dataclass(eq=False)
+class Scion:
+    """One graft that is ready to be set: its tensors are made, its place is known."""
+
+    spot: Spot
+    graft: Graft
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    module: nn.Module | None = None
+
+
+def roster_of(model: nn.Module, spots: Sequence[Spot]) -> Roster | None:
+    """The roster that this model's adapted layers share, or None.
+
+    Raises:
+        NestingError: a part of the model is adapted through another root.
+    """
+    rosters = {id(s.wrapper.roster): s.wrapper.roster for s in spots if s.wrapper is not None}
+    for roster in rosters.values():
+        if roster.root is not model:
+            raise NestingError(
+                f"a part of this model ({type(roster.root).__name__}) is adapted already, through "
+                "a PeftModel of its own. Adapt both through the same root, or unload that one."
+            )
+    return next(iter(rosters.values()), None)
+
+
+def attach(roster: Roster, adapter: str, config: PeftConfig, scions: Sequence[Scion]) -> None:
+    """Set all grafts of one adapter, or none.
+
+    The base is frozen with its first adapter; which of its parameters were trainable is remembered.
+    """
+    undo: list[Callable[[], None]] = []
+    try:
+        if not roster.configs:
+            _freeze(roster, undo)
+        layers: dict[int, AdaptedLayer] = {}
+        for scion in scions:
+            layer = scion.spot.wrapper or _wrap(scion.spot, roster, undo)
+            undo.append(lambda layer=layer: _drop(layer, adapter))  # type: ignore[misc]
+            if scion.module is not None:
+                layer.add_stand_in(scion.graft, scion.module)
+            else:
+                layer.add(scion.graft, scion.tensors)
+            layers[id(layer)] = layer
+        roster.configs[adapter] = config
+        roster.layers[adapter] = list(layers.values())
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        roster.configs.pop(adapter, None)
+        roster.layers.pop(adapter, None)
+        raise
+
+
+def detach(roster: Roster, adapter: str) -> None:
+    """Take one adapter out; layers that are left without any give way to their base layer."""
+    roster.configs.pop(adapter)
+    layers = roster.layers.pop(adapter)
+    for layer in layers:
+        layer.remove(adapter)
+        layer.replan()
+    _unwrap(roster.root, [x for x in layers if not x.grafts])
+    if not roster.configs:
+        thaw(roster)
+
+
+def thaw(roster: Roster) -> None:
+    """Give the base's parameters the ``requires_grad`` that they had before the first adapter."""
+    for parameter in roster.thawed:
+        parameter.requires_grad_(True)
+    roster.thawed = []
+
+
+def _wrap(spot: Spot, roster: Roster, undo: list[Callable[[], None]]) -> AdaptedLayer:
+    layer = AdaptedLayer(spot.layer, spot.path, roster)
+    for parent, name in spot.places:
+        undo.append(lambda parent=parent, name=name: _put(parent, name, spot.layer))  # type: ignore[misc]
+        _put(parent, name, layer)
+    spot.wrapper = layer
+
+    def forget() -> None:
+        spot.wrapper = None
+
+    undo.append(forget)
+    return layer
+
+
+def _unwrap(root: nn.Module, layers: Iterable[AdaptedLayer]) -> None:
+    leaving = {id(layer) for layer in layers}
+    if not leaving:
+        return
+    for spot in survey(root):
+        if spot.wrapper is not None and id(spot.wrapper) in leaving:
+            for parent, name in spot.places:
+                _put(parent, name, spot.layer)
+
+
+def _put(parent: nn.Module, name: str, child: nn.Module) -> None:
+    """Replace a child without changing the order of the parent's children."""
+    parent._modules[name] = child
+
+
+def _drop(layer: AdaptedLayer, adapter: str) -> None:
+    layer.remove(adapter)
+
+
+def _freeze(roster: Roster, undo: list[Callable[[], None]]) -> None:
+    roster.thawed = [p for p in roster.root.parameters() if p.requires_grad]
+    undo.append(lambda: thaw(roster))
+    for parameter in roster.thawed:
+        parameter.requires_grad_(False)
