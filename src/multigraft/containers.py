@@ -93,8 +93,9 @@ def fetch(owner: nn.Module, name: str) -> Tensor:
     """The tensor under ``name``; always read afresh, since ``.to()`` and sharding replace them."""
     tensor = owner._parameters.get(name)
     if tensor is None:
-        tensor = owner._buffers[name]
-    assert tensor is not None
+        buffer = owner._buffers[name]
+        assert buffer is not None
+        return buffer
     return tensor
 
 

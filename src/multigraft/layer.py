@@ -200,10 +200,8 @@ class AdaptedLayer(LayerFacade, nn.Module):
         for name, tensor in tensors.items():
             group, _, leaf = name.partition(".")
             container = self._group(group)
-            if leaf:
-                owner, key = container.leaf(graft.adapter), leaf
-            else:
-                owner, key = container, container.key(graft.adapter)
+            owner: nn.Module = container.leaf(graft.adapter) if leaf else container
+            key = leaf or container.key(graft.adapter)
             hold(owner, key, tensor)
             graft.owners[name] = (owner, key)
 

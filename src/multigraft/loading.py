@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from multigraft import checkpoint
@@ -179,5 +178,3 @@ def _check_options(options: Mapping[str, Any]) -> None:
             f"unknown options {unknown}; known are {', '.join((*HUB_OPTIONS, 'subfolder'))}."
         )
 
-
-__all__ = ["load_into", "read_config", "torch"]

@@ -274,7 +274,7 @@ def _mapped(layer: AdaptedLayer, graft: Graft, name: str, value: Tensor) -> Tens
     M = geometry.as_matrix(layer.base_layer, value)
     # y = W m(x) with m linear: W' = W M, and a pull-back of m gives each row of W times M.
     probe = torch.zeros_like(M)
-    _, pull = torch.func.vjp(lambda x: method.input(params, x), probe)
+    _, pull, *_ = torch.func.vjp(lambda x: method.input(params, x), probe)
     (M,) = pull(M)
     return geometry.from_matrix(layer.base_layer, method.output(params, M.T).T).contiguous()
 

@@ -13,12 +13,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from multigraft import checkpoint
-from multigraft.config import PeftConfig, TargetedConfig, TaskType
-from multigraft.errors import MultigraftWarning, RoutingError
+from multigraft.config import PeftConfig, TargetedConfig
+from multigraft.errors import CheckpointError, MultigraftWarning, RoutingError
 from multigraft.keys import strip_prefix
 from multigraft.loading import load_into
 from multigraft.roster import Roster
@@ -248,7 +247,7 @@ class PeftModel(nn.Module):
             CheckpointError: tensors are missing or the disk refuses; old files are unchanged.
         """
         if not safe_serialization:
-            raise checkpoint.CheckpointError(
+            raise CheckpointError(
                 "`safe_serialization` (=False): Multigraft writes safetensors only; pickles can run "
                 "code when they are read. Leave it at True: PEFT reads these files."
             )
@@ -259,7 +258,7 @@ class PeftModel(nn.Module):
             return
         root = Path(save_directory)
         if root.is_file():
-            raise checkpoint.CheckpointError(
+            raise CheckpointError(
                 f"{root} is a file; `save_directory` must be a directory."
             )
         gathered = None
@@ -393,7 +392,7 @@ def base_of(model: nn.Module) -> nn.Module:
 
 
 def _let_gradients_in(base: nn.Module) -> None:
-    """Gradient checkpointing needs an input that requires gradients; a frozen embedding gives none."""
+    """Gradient checkpointing needs an input with gradients; a frozen embedding gives none."""
     enable = getattr(base, "enable_input_require_grads", None)
     if callable(enable):
         enable()
@@ -406,4 +405,3 @@ def _let_gradients_in(base: nn.Module) -> None:
         )
 
 
-__all__ = ["PeftModel", "TaskType", "base_of", "torch"]

@@ -135,9 +135,9 @@ class Tuner(nn.Module):
         self._announce()
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make exactly these adapters active, trainable unless ``inference_mode``, the others frozen.
+        """Make exactly these adapters active and trainable (unless ``inference_mode``).
 
-        Merged adapters that are not among them are unmerged, with a warning.
+        The others are frozen.         Merged adapters that are not among them are unmerged, with a warning.
 
         Raises:
             AdapterNameError: there is no such adapter; nothing was changed.
