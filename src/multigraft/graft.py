@@ -38,9 +38,9 @@ class Graft:
         """The method's tensors by the names that it declared."""
         return {name: fetch(owner, leaf) for name, (owner, leaf) in self.owners.items()}
 
-    def add(self, y: Tensor, x: Tensor, training: bool) -> Tensor:
+    def add(self, y: Tensor, x: Tensor, training: bool, base: Tensor | None = None) -> Tensor:
         """``y`` plus this adapter's contribution for the base layer's input ``x``."""
-        return self.method.add(self.params, y, x, training)
+        return self.method.add(self.params, y, x, training, base)
 
     def specs(self) -> dict[str, TensorSpec]:
         """What the method declares; for a stand-in, what the module holds."""

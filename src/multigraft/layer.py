@@ -47,6 +47,7 @@ class Plan:
     outputs: tuple[Graft, ...] = ()
     deltas: tuple[Graft, ...] = ()
     is_additive: bool = True
+    needs_base: bool = False
 
     @staticmethod
     def of(grafts: Iterable[Graft]) -> Plan:
@@ -67,6 +68,7 @@ class Plan:
             outputs=maps,
             deltas=tuple(parts["additive"]),
             is_additive=not (maps or stand_in or rebinds),
+            needs_base=any(graft.method.needs_base for graft in parts["additive"]),
         )
 
 
@@ -120,29 +122,30 @@ class AdaptedLayer(LayerFacade, nn.Module):
             y = functional_call(self.base_layer, self._rebound(plan), (seen, *args), kwargs)
         else:
             y = self.base_layer(seen, *args, **kwargs)
+        base = None
+        if plan.needs_base:
+            base = y if plan.is_additive else self.base_layer(x, *args, **kwargs)
         for graft in plan.outputs:
             y = graft.method.output(graft.params, y)
         for graft in plan.deltas:
-            y = graft.add(y, x, self.training)
+            y = graft.add(y, x, self.training, base)
         return y
 
     def _routed(self, route: Route, x: Tensor, args: Any, kwargs: Any) -> Any:
         """Each row with its own adapter: the base once, then each group of rows on its own."""
-        groups = [
-            (a, self.grafts[a], rows) for a, rows in route.groups(x, self) if a in self.grafts
-        ]
+        groups = [(a, rows) for a, rows in route.groups(x, self) if a in self.grafts]
         x = route.spread(x)
-        y = self.base_layer(x, *args, **kwargs)
-        for _, grafts, rows in groups:
-            plan = Plan.of(grafts)
+        base = y = self.base_layer(x, *args, **kwargs)
+        for adapter, rows in groups:
+            plan = Plan.of(self.grafts[adapter])
             part = x.index_select(0, rows)
-            if plan.is_additive:
-                own = y.new_zeros((len(rows), *y.shape[1:]))
-                for graft in plan.deltas:
-                    own = graft.add(own, part, self.training)
-                y = y.index_add(0, rows, own)
-            else:
+            if not plan.is_additive:
                 y = y.index_copy(0, rows, self._run(plan, part, args, kwargs).to(y.dtype))
+                continue
+            own = y.new_zeros((len(rows), *y.shape[1:]))
+            for graft in plan.deltas:
+                own = graft.add(own, part, self.training, base.index_select(0, rows))
+            y = y.index_add(0, rows, own)
         return y
 
     def _rebound(self, plan: Plan) -> dict[str, Tensor]:
@@ -183,10 +186,12 @@ class AdaptedLayer(LayerFacade, nn.Module):
             )
         others = {g.adapter for g in merged}
         for graft in outside:
-            if graft.method.kind == "map" and others - {graft.adapter}:
+            reads_base = graft.method.kind == "map" or graft.method.needs_base
+            if reads_base and others - {graft.adapter}:
                 raise StateError(
-                    f"{self.path}: `{graft.adapter}` transforms the base layer's input or output, "
-                    f"which cannot act while {sorted(others)} are merged into it. Unmerge first."
+                    f"{self.path}: `{graft.adapter}` ({graft.method.name}) works on the base "
+                    f"layer's own output, which is not at hand while {sorted(others)} are merged "
+                    "into it. Unmerge them first."
                 )
         if outside and any(g.method.kind == "replace" for g in outside):
             # The copy stands in for the base, so what is merged into the base must be added to it.

@@ -98,8 +98,7 @@ def prepare(
     spots = survey(model)
     needs = find(model, config, spots, lenient=lenient)
     main = [n for n in needs if n.method.name == str(config.peft_type)]
-    shared = main[0].method.shared(config, [n.site for n in main]) if main else {}
-    parts = [(need, need.method(need.site, config, shared)) for need in needs]
+    parts = [(need, need.method(need.site, config)) for need in needs]
     _resolve_targets(config, main, spots)
     return Prepared(adapter, config, parts)
 

@@ -60,6 +60,10 @@ class Geometry:
         update = self.lift(layer, self.project(layer, x, A), B)
         return y + (update * scale).to(y.dtype)
 
+    def run(self, layer: nn.Module, x: Tensor, W: Tensor) -> Tensor:
+        """The layer's arithmetic for input ``x`` with ``W`` (in its layout) and without a bias."""
+        raise NotImplementedError(f"{type(self).__name__} must define `run`")
+
     def product(self, layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
         """``B A`` in the layout and shape of the layer's weight."""
         raise NotImplementedError(f"{type(self).__name__} must define `product`")

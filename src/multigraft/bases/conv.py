@@ -43,14 +43,11 @@ class Conv(Geometry):
         return None
 
     def project(self, layer: nn.Module, x: Tensor, A: Tensor) -> Tensor:
+        return _convolve(cast(Any, layer), x, A, groups=1)
+
+    def run(self, layer: nn.Module, x: Tensor, W: Tensor) -> Tensor:
         conv = cast(Any, layer)
-        padding = conv.padding
-        if conv.padding_mode != "zeros":
-            x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
-            padding = 0
-        return _CONV[len(conv.kernel_size)](
-            x, A, stride=conv.stride, padding=padding, dilation=conv.dilation
-        )
+        return _convolve(conv, x, W, groups=conv.groups)
 
     def lift(self, layer: nn.Module, h: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
         conv = cast(Any, layer)
@@ -74,6 +71,17 @@ class Conv(Geometry):
 
     def feature_axis(self, layer: nn.Module) -> int:
         return -1 - len(cast(Any, layer).kernel_size)
+
+
+def _convolve(conv: Any, x: Tensor, W: Tensor, groups: int) -> Tensor:
+    """``x`` with kernel ``W`` under the layer's own stride, padding and dilation."""
+    padding = conv.padding
+    if conv.padding_mode != "zeros":
+        x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+        padding = 0
+    return _CONV[len(conv.kernel_size)](
+        x, W, stride=conv.stride, padding=padding, dilation=conv.dilation, groups=groups
+    )
 
 
 GEOMETRIES.register(nn.Conv1d, nn.Conv2d, nn.Conv3d)(Conv())

@@ -23,17 +23,20 @@ class Embedding(Geometry):
         return int(layer.num_embeddings), int(layer.embedding_dim)  # type: ignore[arg-type]
 
     def project(self, layer: nn.Module, x: Tensor, A: Tensor) -> Tensor:
+        return self.run(layer, x, A.T)
+
+    def run(self, layer: nn.Module, x: Tensor, W: Tensor) -> Tensor:
         emb = cast(Any, layer)
         h = F.embedding(
             x,
-            A.T,
+            W,
             padding_idx=emb.padding_idx,
             max_norm=emb.max_norm,
             norm_type=emb.norm_type,
             scale_grad_by_freq=emb.scale_grad_by_freq,
             sparse=emb.sparse,
         )
-        # Gemma's and BART's embeddings multiply their output: the update goes through the same door.
+        # Gemma's and BART's embeddings multiply their output, so an update is multiplied as well.
         return h * getattr(emb, "embed_scale", 1.0)
 
     def understands(self, layer: nn.Module) -> bool:

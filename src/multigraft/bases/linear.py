@@ -30,6 +30,9 @@ class Linear(Geometry):
     ) -> Tensor:
         return kernels.low_rank_add(y, x, A, B, scale)
 
+    def run(self, layer: nn.Module, x: Tensor, W: Tensor) -> Tensor:
+        return F.linear(x, W)
+
     def product(self, layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
         return B @ A
 
@@ -42,6 +45,9 @@ class TransposedLinear(Linear):
     def sizes(self, layer: nn.Module) -> tuple[int, int]:
         in_, out = layer.weight.shape  # type: ignore[union-attr, misc]
         return int(in_), int(out)
+
+    def run(self, layer: nn.Module, x: Tensor, W: Tensor) -> Tensor:
+        return F.linear(x, W.T)
 
     def product(self, layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
         return torch.mm(A.T, B.T)

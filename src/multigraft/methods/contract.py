@@ -13,19 +13,19 @@ It writes no merge, dispatch, cast, device move or state-dict key: those exist o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from multigraft.bases import Geometry
 from multigraft.config import CONFIGS, PeftConfig
 from multigraft.registry import Registry
 from multigraft.site import Site
 
 Params = Mapping[str, Tensor]
-Shared = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,10 @@ class Method:
     prefix: ClassVar[str]
     """How the names of its tensors begin, e.g. ``"lora_"``; other packages filter on it."""
     kind: ClassVar[Literal["additive", "map", "replace"]] = "additive"
-    needs_weight: ClassVar[bool] = False
-    """Whether `apply`/`delta` read the base weight's values."""
+    needs_weight: bool = False
+    """Whether `delta` reads the base weight's values; a class's or an instance's trait."""
+    needs_base: bool = False
+    """Whether `add` reads the base layer's own output."""
     batchable: ClassVar[bool] = True
     """Whether rows of one batch may use different adapters of this method."""
     mergeable: ClassVar[bool] = True
@@ -71,17 +73,28 @@ class Method:
     scaling: float = 1.0
     dropout: float = 0.0
 
-    def __init__(self, site: Site, config: Any, shared: Shared | None = None) -> None:
+    def __init__(self, site: Site, config: Any) -> None:
         self.site = site
         self.config = config
 
+    @property
+    def geometry(self) -> Geometry:
+        """How the site's layer is shaped."""
+        assert self.site.geometry is not None, "sites.find checks the method's geometries"
+        return self.site.geometry
+
     @classmethod
-    def shared(cls, config: Any, sites: list[Site]) -> dict[str, Tensor]:
-        """Tensors that all sites of one adapter share; runs once, before any instance is made."""
+    def shared_specs(cls, config: Any, sites: Sequence[Site]) -> dict[str, TensorSpec]:
+        """Tensors that all sites of one adapter share; `params` holds them beside a site's own."""
+        return {}
+
+    @classmethod
+    def shared_values(cls, config: Any, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """Initial values of `shared_specs`, made once per adapter, on the CPU."""
         return {}
 
     def tensors(self) -> dict[str, TensorSpec]:
-        """Names, as in PEFT's files, to what must be made there."""
+        """Names, as in PEFT's files, to what must be made at this site."""
         raise NotImplementedError(f"{type(self).__name__} must define `tensors`")
 
     def reset(self, params: Params) -> None:
@@ -89,14 +102,34 @@ class Method:
         raise NotImplementedError(f"{type(self).__name__} must define `reset`")
 
     def apply(self, params: Params, x: Tensor) -> Tensor:
-        """Additive: what this adapter adds to the base layer's output for the input ``x``."""
-        raise NotImplementedError(f"{type(self).__name__} must define `apply`")
+        """Additive: what this adapter adds to the base layer's output for the input ``x``.
 
-    def add(self, params: Params, y: Tensor, x: Tensor, training: bool) -> Tensor:
-        """Additive: ``y + apply(dropout(x))``; overridden where a fused operator exists."""
+        The layer's arithmetic with ΔW in the weight's place, unless there is a cheaper way.
+        """
+        W = self.site.weight() if self.needs_weight else None
+        dtype = next(iter(params.values())).dtype
+        delta = self.delta(params, None if W is None else W.to(dtype))
+        y = self.geometry.run(self.site.layer, x, delta.to(x.dtype) if x.is_floating_point() else delta)
+        bias = self.delta_bias(params)
+        return y if bias is None else y + self.as_output_bias(bias.to(y.dtype))
+
+    def add(
+        self, params: Params, y: Tensor, x: Tensor, training: bool, base: Tensor | None = None
+    ) -> Tensor:
+        """Additive: ``y + apply(dropout(x))``; overridden where a fused operator exists.
+
+        Args:
+            y: the output so far, of the base layer and of adapters before this one.
+            base: the base layer's own output, when `needs_base`.
+        """
         if self.dropout and training:
             x = torch.nn.functional.dropout(x, self.dropout)
         return y + self.apply(params, x).to(y.dtype)
+
+    def as_output_bias(self, bias: Tensor) -> Tensor:
+        """A bias ``(out,)`` in the shape that broadcasts over the layer's output."""
+        trailing = -1 - self.geometry.feature_axis(self.site.layer)
+        return bias.reshape(-1, *(1,) * trailing)
 
     def delta(self, params: Params, W: Tensor | None = None) -> Tensor:
         """Additive: ΔW in the weight's layout. ``W`` is given when `needs_weight`, densely."""

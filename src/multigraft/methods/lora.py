@@ -25,8 +25,9 @@ from multigraft.config import (
     require,
 )
 from multigraft.errors import TargetError, UnsupportedError
-from multigraft.methods.contract import Method, Params, Shared, TensorSpec, method
+from multigraft.methods.contract import Method, Params, TensorSpec, method
 from multigraft.site import Site
+from multigraft.variants import variant_for
 
 
 @dataclass
@@ -44,6 +45,7 @@ class LoraConfig(TargetedConfig):
         init_lora_weights: True (B = 0), ``"gaussian"`` (A normal, B = 0), or False (both random).
         rank_pattern, alpha_pattern: exceptions per site, regular expressions to values.
         lora_bias: give B a bias.
+        use_dora: decompose the weight into magnitude and direction (`multigraft.variants.dora`).
 
     The remaining fields are PEFT's; setting one that is not built yet is refused by name.
     """
@@ -88,7 +90,6 @@ class LoraConfig(TargetedConfig):
         "eva_config": None,
         "corda_config": None,
         "lora_ga_config": None,
-        "use_dora": False,
         "velora_config": None,
         "alora_invocation_tokens": None,
         "use_qalora": False,
@@ -130,10 +131,8 @@ class LoRA(Method):
     prefix = "lora_"
     geometries = frozenset({"linear", "conv1d_transposed", "conv", "embedding"})
 
-    def __init__(self, site: Site, config: LoraConfig, shared: Shared | None = None) -> None:
+    def __init__(self, site: Site, config: LoraConfig) -> None:
         super().__init__(site, config)
-        assert site.geometry is not None
-        self.geometry = site.geometry
         self.A, self.B = self.geometry.factors
         self.rank = pattern_value(config.rank_pattern, site.path, config.r)
         self.alpha = pattern_value(config.alpha_pattern, site.path, config.lora_alpha)
@@ -141,7 +140,12 @@ class LoRA(Method):
         is_lookup = self.geometry.name == "embedding"
         self.dropout = 0.0 if is_lookup else config.lora_dropout
         self.bias = None if is_lookup or not config.lora_bias else "lora_B.bias"
+        self.variant = variant_for(config)
         refusal = self.geometry.check_rank(site.layer, self.rank)
+        if self.variant is not None:
+            self.needs_weight = self.variant.needs_weight
+            self.needs_base = self.variant.needs_base
+            refusal = refusal or self.variant.refusal(self)
         if refusal:
             raise TargetError(f"LoRA cannot adapt {site.path}: {refusal}.")
 
@@ -150,7 +154,7 @@ class LoRA(Method):
         specs = {self.A: TensorSpec(a), self.B: TensorSpec(b)}
         if self.bias:
             specs[self.bias] = TensorSpec((b[0],))
-        return specs
+        return specs if self.variant is None else specs | self.variant.tensors(self)
 
     def reset(self, params: Params) -> None:
         A, B = params[self.A], params[self.B]
@@ -170,15 +174,28 @@ class LoRA(Method):
                 nn.init.zeros_(B)
         if self.bias:
             nn.init.zeros_(params[self.bias])
+        if self.variant is not None:
+            self.variant.reset(self, params)
 
     def apply(self, params: Params, x: Tensor) -> Tensor:
+        if self.variant is not None:
+            return super().apply(params, x)
+        return self.apply_factors(params, x)
+
+    def apply_factors(self, params: Params, x: Tensor) -> Tensor:
+        """``scaling * B A x``, the plain pair, whatever the variant does with it."""
         A, B = params[self.A], params[self.B]
         dtype = self.geometry.input_dtype(x, A)
         bias = params[self.bias].to(dtype) if self.bias else None
         h = self.geometry.project(self.site.layer, x, A.to(dtype))
         return self.geometry.lift(self.site.layer, h, B.to(h.dtype), bias) * self.scaling
 
-    def add(self, params: Params, y: Tensor, x: Tensor, training: bool) -> Tensor:
+    def add(
+        self, params: Params, y: Tensor, x: Tensor, training: bool, base: Tensor | None = None
+    ) -> Tensor:
+        if self.variant is not None:
+            assert base is not None
+            return self.variant.add(self, params, y, x, training, base)
         if self.bias:
             return super().add(params, y, x, training)
         if self.dropout and training:
@@ -190,6 +207,9 @@ class LoRA(Method):
         )
 
     def delta(self, params: Params, W: Tensor | None = None) -> Tensor:
+        if self.variant is not None:
+            assert W is not None
+            return self.variant.delta(self, params, W)
         product = self.geometry.product(self.site.layer, params[self.A], params[self.B])
         return product * self.scaling
 
