@@ -13,11 +13,10 @@ from torch import Tensor
 from multigraft import checkpoint
 from multigraft.config import CONFIG_NAME, PeftConfig
 from multigraft.errors import CheckpointError, MultigraftWarning, StateError
-from multigraft.graft import Graft
 from multigraft.prepare import Prepared, prepare
 from multigraft.state import drop_base_tensors, write
 from multigraft.tuner import Tuner
-from multigraft.wrap import Scion, attach, detach
+from multigraft.wrap import exchange
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "repo_type")
 
@@ -98,57 +97,22 @@ def _overwrite(
     """
     roster, adapter = tuner.roster, prepared.adapter
     current = {k: tuple(t.shape) for k, t in checkpoint.adapter_state(roster, adapter).items()}
-    if current == prepared.expected():
-        write(roster, adapter, values)
-        fresh = {(n.site.path, n.method.name, n.site.parameter): m for n, m in prepared.parts}
-        for layer, graft in roster.grafts(adapter):
-            site = graft.site
-            method = fresh[site.path, graft.method.name, site.parameter]
-            method.site = site
-            graft.method = method
-            layer.replan()
-        roster.configs[adapter] = prepared.config
+    if current != prepared.expected():
+        flags = {p.requires_grad for _, g in roster.grafts(adapter) for p in g.parameters()}
+        scions = prepared.grow(values, autocast, on_meta=False)
+        exchange(roster, adapter, prepared.config, scions)
+        roster.set_requires_grad([adapter], True in flags)
         return
-    flags = {p.requires_grad for _, g in roster.grafts(adapter) for p in g.parameters()}
-    scions = prepared.grow(values, autocast, on_meta=False)
-    before, active, config = _as_scions(tuner, adapter), roster.active, roster.configs[adapter]
-    order = list(roster.configs)
-    others = [n for n in active if n != adapter]
-    roster.set_active(others)
-    detach(roster, adapter)
-    try:
-        _reattach(tuner, adapter, prepared.config, scions)
-        roster.set_active(active)
-    except BaseException:
-        if adapter in roster.configs:
-            detach(roster, adapter)
-        _reattach(tuner, adapter, config, before)
-        roster.set_active(active)
-        raise
-    finally:
-        roster.configs = {n: roster.configs[n] for n in order if n in roster.configs}
-        tuner._announce()
-    roster.set_requires_grad([adapter], True in flags)
-
-
-def _reattach(tuner: Tuner, adapter: str, config: PeftConfig, scions: list[Scion]) -> None:
-    from multigraft.survey import survey
-
-    spots = {id(s.layer): s for s in survey(tuner.model)}
-    for scion in scions:
-        scion.spot = spots[id(scion.spot.layer)]
-    attach(tuner.roster, adapter, config, scions)
-
-
-def _as_scions(tuner: Tuner, adapter: str) -> list[Scion]:
-    from multigraft.survey import Spot
-
-    scions = []
-    for layer, graft in tuner.roster.grafts(adapter):
-        twin = Graft(adapter, graft.method)
-        tensors = dict(graft.params)
-        scions.append(Scion(Spot(layer.base_layer), twin, tensors, graft.stand_in))
-    return scions
+    fresh = {(n.site.path, n.method.name, n.site.parameter): m for n, m in prepared.parts}
+    pairs = [
+        (graft, fresh[graft.site.path, graft.method.name, graft.site.parameter])
+        for _, graft in roster.grafts(adapter)
+    ]
+    write(roster, adapter, values)
+    for graft, method in pairs:
+        method.site = graft.site
+        graft.method = method
+    roster.configs[adapter] = prepared.config
 
 
 def _refuse_merged(tuner: Tuner, adapter: str) -> None:
@@ -177,4 +141,3 @@ def _check_options(options: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"unknown options {unknown}; known are {', '.join((*HUB_OPTIONS, 'subfolder'))}."
         )
-

@@ -74,6 +74,15 @@ class Roster:
             for graft in layer.grafts[name]:
                 yield layer, graft
 
+    def check_together(self, names: Sequence[str], without: Sequence[str] = ()) -> None:
+        """Fail unless these adapters can act together, once ``without`` are unmerged.
+
+        Raises:
+            StateError: two of them would replace the same module, or the like.
+        """
+        for layer in self.touched(names):
+            layer.plan_for(names, [g for g in layer.merged_grafts if g.adapter not in without])
+
     def set_active(self, names: Sequence[str]) -> None:
         """Make exactly these adapters active; checks every layer before any changes.
 
@@ -82,11 +91,10 @@ class Roster:
         """
         layers = self.touched({*self.active, *names})
         acting = tuple(names) if self.enabled else ()
-        for layer in layers:
-            layer.plan_for(acting, layer.merged_grafts)
+        plans = [layer.plan_for(acting, layer.merged_grafts) for layer in layers]
         self.active = tuple(names)
-        for layer in layers:
-            layer.replan()
+        for layer, plan in zip(layers, plans, strict=True):
+            layer.plan = plan
 
     def set_requires_grad(self, names: Iterable[str], requires_grad: bool) -> None:
         """Freeze or thaw the trainable parameters of these adapters, and of no others."""

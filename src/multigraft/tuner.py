@@ -137,7 +137,7 @@ class Tuner(nn.Module):
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make exactly these adapters active and trainable (unless ``inference_mode``).
 
-        The others are frozen.         Merged adapters that are not among them are unmerged, with a warning.
+        The others are frozen; merged ones among them are unmerged, with a warning.
 
         Raises:
             AdapterNameError: there is no such adapter; nothing was changed.
@@ -145,6 +145,7 @@ class Tuner(nn.Module):
         """
         names = self.roster.require(adapter_name)
         merged = [n for n in self.roster.merged if n not in names]
+        self.roster.check_together(names, without=merged)
         if merged:
             warnings.warn(
                 f"adapters {merged} were merged and are not among {names}: they are unmerged.",
@@ -177,12 +178,13 @@ class Tuner(nn.Module):
         remaining = list(self.roster.configs)
         if was_only and remaining:
             self.roster.set_active(remaining[:1])
+        self._announce()
+        if was_only and remaining:
             warnings.warn(
                 f"`{name}` was the active adapter; `{remaining[0]}` is active now.",
                 MultigraftWarning,
                 stacklevel=2,
             )
-        self._announce()
 
     def enable_adapter_layers(self) -> None:
         """Let the active adapters act again."""

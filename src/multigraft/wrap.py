@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
 from multigraft.config import PeftConfig
+from multigraft.containers import AdapterDict
 from multigraft.errors import NestingError
 from multigraft.graft import Graft
 from multigraft.layer import AdaptedLayer
@@ -54,23 +56,38 @@ def attach(roster: Roster, adapter: str, config: PeftConfig, scions: Sequence[Sc
     try:
         if not roster.configs:
             _freeze(roster, undo)
-        layers: dict[int, AdaptedLayer] = {}
-        for scion in scions:
-            layer = scion.spot.wrapper or _wrap(scion.spot, roster, undo)
-            undo.append(lambda layer=layer: _drop(layer, adapter))  # type: ignore[misc]
-            if scion.module is not None:
-                layer.add_stand_in(scion.graft, scion.module)
-            else:
-                layer.add(scion.graft, scion.tensors)
-            layers[id(layer)] = layer
-        roster.configs[adapter] = config
-        roster.layers[adapter] = list(layers.values())
+        layers = _set(roster, adapter, scions, undo)
     except BaseException:
         for step in reversed(undo):
             step()
-        roster.configs.pop(adapter, None)
-        roster.layers.pop(adapter, None)
         raise
+    roster.configs[adapter] = config
+    roster.layers[adapter] = layers
+
+
+def exchange(roster: Roster, adapter: str, config: PeftConfig, scions: Sequence[Scion]) -> None:
+    """Set an adapter's grafts anew in place of those that it has, or leave those as they are.
+
+    It stays active or inactive; the base's ``requires_grad`` flags are not touched.
+    """
+    before = roster.layers[adapter]
+    undo: list[Callable[[], None]] = []
+    try:
+        for layer in before:
+            undo.append(_remembered(layer))
+            layer.remove(adapter)
+        layers = _set(roster, adapter, scions, undo)
+        touched = {id(x): x for x in (*before, *layers)}.values()
+        plans = [x.plan_for(roster.acting(), x.merged_grafts) for x in touched]
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+    for layer, plan in zip(touched, plans, strict=True):
+        layer.plan = plan
+    roster.configs[adapter] = config
+    roster.layers[adapter] = layers
+    _unwrap(roster.root, [x for x in before if not x.grafts])
 
 
 def detach(roster: Roster, adapter: str) -> None:
@@ -90,6 +107,42 @@ def thaw(roster: Roster) -> None:
     for parameter in roster.thawed:
         parameter.requires_grad_(True)
     roster.thawed = []
+
+
+def _set(
+    roster: Roster, adapter: str, scions: Sequence[Scion], undo: list[Callable[[], None]]
+) -> list[AdaptedLayer]:
+    """Register every graft at its adapted layer, wrapping where there is none yet."""
+    layers: dict[int, AdaptedLayer] = {}
+    for scion in scions:
+        layer = scion.spot.wrapper or _wrap(scion.spot, roster, undo)
+        undo.append(lambda layer=layer: _drop(layer, adapter))  # type: ignore[misc]
+        if scion.module is not None:
+            layer.add_stand_in(scion.graft, scion.module)
+        else:
+            layer.add(scion.graft, scion.tensors)
+        layers[id(layer)] = layer
+    return list(layers.values())
+
+
+def _remembered(layer: AdaptedLayer) -> Callable[[], None]:
+    """What puts this layer's grafts and containers back as they are now, in their order."""
+    grafts = {name: list(held) for name, held in layer.grafts.items()}
+    tables: list[tuple[Any, dict[str, Any]]] = [
+        (table, dict(table))
+        for module in (layer, *layer.children())
+        if module is layer or isinstance(module, AdapterDict)
+        for table in (module._modules, module._parameters, module._buffers)
+    ]
+
+    def put_back() -> None:
+        layer.grafts.clear()
+        layer.grafts.update(grafts)
+        for table, content in tables:
+            table.clear()
+            table.update(content)
+
+    return put_back
 
 
 def _wrap(spot: Spot, roster: Roster, undo: list[Callable[[], None]]) -> AdaptedLayer:
