@@ -22,7 +22,7 @@ from torch import Tensor
 from multigraft.atomic import write_files, write_text
 from multigraft.config import CONFIG_NAME, PeftConfig
 from multigraft.errors import CheckpointError, MissingExtraError
-from multigraft.keys import PREFIX, memory_name, saved_tensors, strip_prefix
+from multigraft.keys import full_key, memory_name, saved_tensors, strip_prefix
 from multigraft.roster import Roster
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -69,18 +69,18 @@ def compare(
     expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]
 ) -> tuple[LoadReport, dict[str, Tensor]]:
     """The report, and the tensors that fit; keys are relative to the base model."""
-    report = LoadReport(missing_keys=[PREFIX + k for k in expected if k not in found])
+    report = LoadReport(missing_keys=[full_key(k) for k in expected if k not in found])
     good = {}
     for key, tensor in found.items():
         if key not in expected:
-            report.unexpected_keys.append(PREFIX + key)
+            report.unexpected_keys.append(full_key(key))
         elif tuple(tensor.shape) != tuple(expected[key]):
             shapes = tuple(tensor.shape), tuple(expected[key])
-            report.mismatched_keys.append((PREFIX + key, *shapes))
+            report.mismatched_keys.append((full_key(key), *shapes))
         else:
             good[key] = tensor
             if tensor.is_floating_point() and not _is_finite(tensor):
-                report.nonfinite_keys.append(PREFIX + key)
+                report.nonfinite_keys.append(full_key(key))
     return report, good
 
 
@@ -111,7 +111,7 @@ def save(directory: Path, config: PeftConfig, state: Mapping[str, Tensor]) -> No
     Raises:
         CheckpointError: a tensor has no values, or the disk refuses; old files stay as they were.
     """
-    tensors = {PREFIX + key: _for_disk(key, tensor) for key, tensor in state.items()}
+    tensors = {full_key(key): _for_disk(key, tensor) for key, tensor in state.items()}
     text = config.to_json()
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from multigraft.containers import fetch
+from multigraft.containers import Leaf, fetch, hold
 from multigraft.methods.contract import Method, Params, TensorSpec
 from multigraft.site import Site
+
+
+@dataclass(eq=False)
+class Shared:
+    """The tensors that all sites of one adapter share, in one module that hangs at each of them.
+
+    One module, rather than one tensor per site, so that moving the model moves them once.
+    """
+
+    specs: dict[str, TensorSpec]
+    leaf: Leaf
 
 
 class Graft:
@@ -20,11 +33,13 @@ class Graft:
     through their owners at each use, because conversions and sharding replace them there.
     """
 
-    __slots__ = ("adapter", "method", "owners", "stand_in")
+    __slots__ = ("_specs", "adapter", "method", "owners", "shared", "stand_in")
 
-    def __init__(self, adapter: str, method: Method) -> None:
+    def __init__(self, adapter: str, method: Method, shared: Shared | None = None) -> None:
         self.adapter = adapter
         self.method = method
+        self.shared = shared
+        self._specs = method.tensors() | (shared.specs if shared else {})
         self.owners: dict[str, tuple[nn.Module, str]] = {}
         self.stand_in: nn.Module | None = None
 
@@ -44,7 +59,7 @@ class Graft:
 
     def specs(self) -> dict[str, TensorSpec]:
         """What the method declares; for a stand-in, what the module holds."""
-        return self.method.tensors()
+        return self._specs
 
     def saved(self) -> Iterator[tuple[str, Tensor]]:
         """Pairs of the name on disk (relative to the site's path) and the tensor."""
@@ -62,7 +77,7 @@ class Graft:
 
     def snapshot(self) -> Graft:
         """An independent copy of method and tensors: what a merge added, whatever changes since."""
-        twin = Graft(self.adapter, copy.copy(self.method))
+        twin = Graft(self.adapter, copy.copy(self.method), self.shared)
         holder = nn.Module()
         for index, (name, tensor) in enumerate(self.params.items()):
             holder.register_buffer(f"t{index}", tensor.detach().clone())
@@ -97,6 +112,34 @@ def grow(
         with torch.no_grad():
             method.reset(tensors if not given else _Masked(tensors, fresh))
     return tensors
+
+
+def grow_shared(
+    method: type[Method],
+    config: Any,
+    sites: Sequence[Site],
+    dtype: torch.dtype,
+    device: torch.device,
+    given: Params,
+) -> Shared | None:
+    """Make an adapter's shared tensors, or None when its method has none.
+
+    Args:
+        given: values by name that are taken over; nothing is drawn when all are given.
+    """
+    specs = method.shared_specs(config, sites)
+    if not specs:
+        return None
+    is_complete = all(name in given for name in specs)
+    values = dict(given) if is_complete else method.shared_values(config, sites) | dict(given)
+    leaf = Leaf()
+    for name, spec in specs.items():
+        value = values[name].to(device=device, dtype=spec.dtype or dtype)
+        hold(leaf, name, value if spec.buffer else nn.Parameter(value, spec.trainable))
+        if spec.buffer:
+            # Each site's state dict would repeat it; the checkpoint holds it once, if at all.
+            leaf._non_persistent_buffers_set.add(name)
+    return Shared(specs, leaf)
 
 
 class _Masked(dict):  # type: ignore[type-arg]

@@ -23,12 +23,19 @@ def strip_prefix(key: str) -> str:
     return key
 
 
+def full_key(key: str) -> str:
+    """A key as the file has it: below the base model, or of the adapter as a whole."""
+    return key if key.startswith("base_model.") else PREFIX + key
+
+
 def disk_names(site: Site, name: str, is_beside_main: bool) -> str:
-    """Key of a tensor relative to the base model.
+    """Key of a tensor relative to the base model; one of the whole adapter is absolute.
 
     A bias of a layer that the same adapter also adapts is ``<path>.base_layer.bias`` in PEFT's
     files, that of any other layer ``<path>.bias``.
     """
+    if name.startswith("base_model."):
+        return name
     infix = "base_layer." if site.parameter is not None and is_beside_main else ""
     return f"{site.path}.{infix}{name}"
 
@@ -47,6 +54,8 @@ def memory_name(graft: Graft, name: str) -> str:
     """Name of a tensor in the adapted model's state dict, relative to the base model."""
     if graft.stand_in is not None:
         return f"{graft.site.path}.{graft.method.prefix}.{escape(graft.adapter)}.{name}"
+    if graft.shared is not None and name in graft.shared.specs:
+        name = f"{graft.method.prefix}shared.{name}"
     group, _, leaf = name.partition(".")
     tail = f".{leaf}" if leaf else ""
     return f"{graft.site.path}.{group}.{escape(graft.adapter)}{tail}"

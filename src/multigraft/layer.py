@@ -209,6 +209,10 @@ class AdaptedLayer(LayerFacade, nn.Module):
             key = leaf or container.key(graft.adapter)
             hold(owner, key, tensor)
             graft.owners[name] = (owner, key)
+        if graft.shared is not None:
+            container = self._group(f"{graft.method.prefix}shared")
+            container._modules[container.key(graft.adapter)] = graft.shared.leaf
+            graft.owners |= {name: (graft.shared.leaf, name) for name in graft.shared.specs}
 
     def add_stand_in(self, graft: Graft, module: nn.Module) -> None:
         """Register a trained copy of the base layer under ``modules_to_save.<adapter>``."""

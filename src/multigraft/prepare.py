@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from multigraft.config import PeftConfig, TargetedConfig
-from multigraft.graft import Graft, grow
+from multigraft.graft import Graft, Shared, grow, grow_shared
 from multigraft.keys import disk_names
-from multigraft.methods import Method
+from multigraft.methods import METHODS, Method, TensorSpec
+from multigraft.site import Site
 from multigraft.sites import Need, find, minimal_names
 from multigraft.survey import Spot, survey
 from multigraft.wrap import Scion
@@ -45,11 +46,12 @@ class Prepared:
 
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Shapes by key on disk, relative to the base model."""
-        return {
-            key: spec_shape
+        shapes = {
+            key: shape
             for need, method in self.parts
-            for key, spec_shape in self._keys(need, method).values()
+            for key, shape in self._keys(need, method).values()
         }
+        return shapes | {spec.on_disk or n: spec.shape for n, spec in self._shared_saved().items()}
 
     def grow(self, given: Mapping[str, Tensor], autocast: bool, on_meta: bool) -> list[Scion]:
         """Make every tensor; ``given`` maps keys on disk to values that are taken over.
@@ -59,22 +61,42 @@ class Prepared:
             on_meta: no memory, no values.
         """
         scions = []
+        shared = self._grow_shared(given, autocast, on_meta)
         for need, method in self.parts:
             keys = self._keys(need, method)
             found = {name: given[key] for name, (key, _) in keys.items() if key in given}
-            graft = Graft(self.adapter, method)
+            graft = Graft(self.adapter, method, shared if need.method is self.main else None)
             if method.kind == "replace":
                 module = method.module()
                 if found:
                     module.load_state_dict(found, strict=False)
                 scions.append(Scion(need.spot, graft, module=module))
                 continue
-            dtype = need.site.dtype
-            if autocast and (dtype in LOW_PRECISION or dtype.itemsize == 1):
-                dtype = torch.float32
-            device = torch.device("meta") if on_meta else need.site.device
-            scions.append(Scion(need.spot, graft, grow(method, dtype, device, found)))
+            where = _dtype_and_device(need.site, autocast, on_meta)
+            scions.append(Scion(need.spot, graft, grow(method, *where, found)))
         return scions
+
+    @property
+    def main(self) -> type[Method]:
+        """The method that the config's ``peft_type`` names."""
+        return METHODS[str(self.config.peft_type)]
+
+    @cached_property
+    def main_sites(self) -> list[Site]:
+        """The sites of the main method."""
+        return [need.site for need, _ in self.parts if need.method is self.main]
+
+    def _shared_saved(self) -> dict[str, TensorSpec]:
+        specs = self.main.shared_specs(self.config, self.main_sites)
+        return {name: spec for name, spec in specs.items() if spec.saved}
+
+    def _grow_shared(self, given: Mapping[str, Tensor], autocast: bool, on_meta: bool) -> Shared | None:
+        if not self.main_sites:
+            return None
+        where = _dtype_and_device(self.main_sites[0], autocast, on_meta)
+        saved = self._shared_saved().items()
+        found = {name: given[key] for name, spec in saved if (key := spec.on_disk or name) in given}
+        return grow_shared(self.main, self.config, self.main_sites, *where, found)
 
     def _keys(self, need: Need, method: Method) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name in memory to (key on disk, shape), for what is saved."""
@@ -84,6 +106,13 @@ class Prepared:
             for name, spec in method.tensors().items()
             if spec.saved
         }
+
+
+def _dtype_and_device(site: Site, autocast: bool, on_meta: bool) -> tuple[torch.dtype, torch.device]:
+    dtype = site.dtype
+    if autocast and (dtype in LOW_PRECISION or dtype.itemsize == 1):
+        dtype = torch.float32
+    return dtype, torch.device("meta") if on_meta else site.device
 
 
 def prepare(
@@ -100,7 +129,15 @@ def prepare(
     main = [n for n in needs if n.method.name == str(config.peft_type)]
     parts = [(need, need.method(need.site, config)) for need in needs]
     _resolve_targets(config, main, spots)
+    _resolve_layout(config, main)
     return Prepared(adapter, config, parts)
+
+
+def _resolve_layout(config: PeftConfig, main: Sequence[Need]) -> None:
+    """Write into the model's own copy how the (last) linear target stores its weight."""
+    shapes = [n.site.geometry for n in main if n.site.geometry and n.site.geometry.is_linear]
+    if shapes and hasattr(config, "fan_in_fan_out"):
+        config.fan_in_fan_out = shapes[-1].is_transposed
 
 
 def _resolve_targets(config: PeftConfig, main: Sequence[Need], spots: Sequence[Spot]) -> None:

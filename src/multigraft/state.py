@@ -11,7 +11,7 @@ from multigraft.checkpoint import LoadReport, adapter_state, compare
 from multigraft.containers import hold
 from multigraft.errors import StateError
 from multigraft.graft import Graft
-from multigraft.keys import PREFIX, saved_tensors, strip_prefix
+from multigraft.keys import PREFIX, full_key, saved_tensors, strip_prefix
 from multigraft.roster import Roster
 from multigraft.survey import survey
 from multigraft.wrap import roster_of
@@ -60,7 +60,7 @@ def get_peft_model_state_dict(
     state = adapter_state(roster, adapter_name, gathered)
     if save_embedding_layers is True:
         state |= embedding_weights(roster, adapter_name)
-    return {prefix + key: value for key, value in state.items()}
+    return {full_key(key) if prefix else key: value for key, value in state.items()}
 
 
 def embedding_weights(roster: Roster, adapter: str) -> dict[str, Tensor]:
@@ -118,10 +118,23 @@ def write(
             f"adapter `{adapter}` is merged into the base; its tensors cannot be replaced there. "
             "Call unmerge_adapter() first."
         )
-    for layer in roster.layers[adapter]:
-        for key, graft, name in saved_tensors(layer, adapter):
-            if key in values:
-                _put(graft, name, values[key], assign)
+    places = [
+        (graft, name, values[key])
+        for layer in roster.layers[adapter]
+        for key, graft, name in saved_tensors(layer, adapter)
+        if key in values
+    ]
+    undo: list[tuple[Graft, str, Tensor, Tensor]] = []
+    try:
+        for graft, name, value in places:
+            tensor = graft.params[name]
+            undo.append((graft, name, tensor, tensor.clone()))
+            _put(graft, name, value, assign)
+    except BaseException:
+        for graft, name, tensor, before in reversed(undo):
+            tensor.data.copy_(before)
+            hold(*graft.owners[name], tensor)
+        raise
 
 
 def drop_base_tensors(
