@@ -222,8 +222,7 @@ class TargetedConfig(PeftConfig):
             [saved] if isinstance(saved, str) else _names("modules_to_save", saved)
         )  # type: ignore[assignment]
         pattern = self.layers_pattern
-        self.layers_pattern = [pattern] if isinstance(pattern, str) and pattern else pattern
-        if self.layers_pattern and self.layers_to_transform is None:
+        if pattern and self.layers_to_transform is None:
             raise ConfigError(
                 f"`layers_pattern` (={pattern!r}) needs `layers_to_transform`: the indices to adapt."
             )

@@ -57,6 +57,14 @@ LORA_TARGETS: dict[str, list[str] | str] = {
     "xlm-roberta": _BERT,
 }
 
+TASK_HEADS: dict[str, tuple[str, ...]] = {
+    "QUESTION_ANS": ("qa_outputs",),
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+}
+"""Names of the heads that a task's adapters train whole, where the model has them: transformers
+initialises these afresh, so a frozen one would be noise."""
+
 
 def default_targets(
     model: nn.Module, table: dict[str, list[str] | str] = LORA_TARGETS

@@ -63,7 +63,7 @@ class PeftModel(nn.Module):
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 activate=True,
             )
-        if getattr(base, "is_gradient_checkpointing", False):
+        if _checkpoints_gradients(base):
             _let_gradients_in(base)
 
     # -- what it holds ------------------------------------------------------------------------
@@ -354,7 +354,7 @@ class PeftModel(nn.Module):
         return peft_model
 
     def _with_defaults(self, config: PeftConfig) -> PeftConfig:
-        """A copy that names its base model and saves the task's head, where the model has one."""
+        """A copy that names its base model and saves the task's usual heads."""
         config = config.copy()
         base = self.get_base_model()
         own = getattr(base, "config", None)
@@ -365,21 +365,17 @@ class PeftModel(nn.Module):
         )
         config.base_model_name_or_path = config.base_model_name_or_path or name or None
         if self.default_saved_modules and isinstance(config, TargetedConfig):
-            there = {n.rpartition(".")[2] for n, _ in base.named_modules()}
-            heads = [n for n in self.default_saved_modules if n in there]
-            config.modules_to_save = (
-                list(dict.fromkeys([*(config.modules_to_save or []), *heads])) or None
-            )
+            saved = [*(config.modules_to_save or []), *self.default_saved_modules]
+            config.modules_to_save = list(dict.fromkeys(saved))
         return config
 
     def _for_disk(self, config: PeftConfig) -> PeftConfig:
         config = config.copy()
         if config.task_type is None:
             base = self.get_base_model()
-            library = type(base).__module__.partition(".")[0]
             config.auto_mapping = {
                 "base_model_class": type(base).__name__,
-                "parent_library": library,
+                "parent_library": type(base).__module__,
             }
         return config
 
@@ -389,6 +385,12 @@ def base_of(model: nn.Module) -> nn.Module:
     while isinstance(model, (PeftModel, Tuner)):
         model = model.get_base_model() if isinstance(model, PeftModel) else model.model
     return model
+
+
+def _checkpoints_gradients(base: nn.Module) -> bool:
+    """The flag of transformers, which version 5 renamed: asking for the old name there warns."""
+    now = getattr(base, "is_activation_checkpointing", None)
+    return bool(getattr(base, "is_gradient_checkpointing", False) if now is None else now)
 
 
 def _let_gradients_in(base: nn.Module) -> None:

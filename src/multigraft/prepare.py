@@ -130,7 +130,15 @@ def prepare(
     parts = [(need, need.method(need.site, config)) for need in needs]
     _resolve_targets(config, main, spots)
     _resolve_layout(config, main)
+    _resolve_layout(config, main)
     return Prepared(adapter, config, parts)
+
+
+def _resolve_layout(config: PeftConfig, main: Sequence[Need]) -> None:
+    """Write into the model's own copy how the (last) linear target stores its weight."""
+    shapes = [n.site.geometry for n in main if n.site.geometry and n.site.geometry.is_linear]
+    if shapes and hasattr(config, "fan_in_fan_out"):
+        config.fan_in_fan_out = shapes[-1].is_transposed
 
 
 def _resolve_layout(config: PeftConfig, main: Sequence[Need]) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from multigraft.bases import geometry_of
 from multigraft.config import PeftConfig, TargetedConfig, TaskType, matching_pattern
-from multigraft.defaults import default_targets
+from multigraft.defaults import TASK_HEADS, default_targets
 from multigraft.errors import MultigraftWarning, TargetError, did_you_mean
 from multigraft.methods import METHODS, Method
 from multigraft.registry import qualified_name
@@ -166,6 +166,7 @@ def _in_layers(config: TargetedConfig, spot: Spot, wanted: list[str] | str, leni
         return True
     allowed = {indices} if isinstance(indices, int) else set(indices)
     patterns = config.layers_pattern or [r"[^.]*"]
+    patterns = [patterns] if isinstance(patterns, str) else patterns
     for pattern in patterns:
         match = re.match(rf"(?:^|.*?\.)(?:{pattern})\.(\d+)\.", spot.path)
         if match:
@@ -221,7 +222,9 @@ def _saved(config: TargetedConfig, spots: Sequence[Spot], lenient: bool) -> list
         return []
     method = METHODS["SAVED_MODULE"]
     found = [s for s in spots if any(_matches(wanted, p) for p in s.paths)]
-    _check_names("modules_to_save", wanted, spots, found, lenient)
+    # A task's usual heads stand in every config of that task, whichever of them the model has.
+    usual = TASK_HEADS.get(str(config.task_type), ())
+    _check_names("modules_to_save", [n for n in wanted if n not in usual], spots, found, lenient)
     parts: dict[int, Spot] = {}
     for spot in found:
         inside = [s for s in spots if s is spot or s.path.startswith(f"{spot.path}.")]

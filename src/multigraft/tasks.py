@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from multigraft.defaults import TASK_HEADS
 from multigraft.model import PeftModel
 
 
@@ -16,19 +17,19 @@ class PeftModelForSeq2SeqLM(PeftModel):
 class PeftModelForSequenceClassification(PeftModel):
     """A sequence classifier with adapters; each adapter trains its own head."""
 
-    default_saved_modules = ("classifier", "score")
+    default_saved_modules = TASK_HEADS["SEQ_CLS"]
 
 
 class PeftModelForTokenClassification(PeftModel):
     """A token classifier with adapters; each adapter trains its own head."""
 
-    default_saved_modules = ("classifier", "score")
+    default_saved_modules = TASK_HEADS["TOKEN_CLS"]
 
 
 class PeftModelForQuestionAnswering(PeftModel):
     """An extractive question-answering model with adapters; each adapter trains its own head."""
 
-    default_saved_modules = ("qa_outputs",)
+    default_saved_modules = TASK_HEADS["QUESTION_ANS"]
 
 
 class PeftModelForFeatureExtraction(PeftModel):

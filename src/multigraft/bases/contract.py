@@ -20,6 +20,8 @@ class Geometry:
     name: ClassVar[str]
     is_linear: ClassVar[bool] = False
     """Whether ``target_modules="all-linear"`` includes this kind of layer."""
+    is_transposed: ClassVar[bool] = False
+    """Whether the weight is stored ``(in, out)``; files say it as ``fan_in_fan_out``."""
     factors: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
     """Names of a low-rank pair's tensors, in memory and on disk."""
 

@@ -41,6 +41,7 @@ class TransposedLinear(Linear):
     """A linear layer whose weight is stored ``(in, out)``."""
 
     name = "conv1d_transposed"
+    is_transposed = True
 
     def sizes(self, layer: nn.Module) -> tuple[int, int]:
         in_, out = layer.weight.shape  # type: ignore[union-attr, misc]
