@@ -114,19 +114,23 @@ def check_name(adapter: object) -> str:
     """The name itself, when it can be a dictionary key, a module's name and a folder's name.
 
     Raises:
-        AdapterNameError: it is empty, no string, or would leave the checkpoint's folder.
+        AdapterNameError: it is empty, no string, or cannot be the name of a folder.
     """
     if not isinstance(adapter, str):
         raise AdapterNameError(f"adapter name (={adapter!r}) must be a string.")
     if not adapter.strip() or adapter in {".", ".."} or adapter.strip(". ") == "":
         raise AdapterNameError(
-            f"adapter name (={adapter!r}) must hold at least one letter or digit: it names a folder."
+            f"adapter name (={adapter!r}) must hold a letter or a digit: it names a folder."
         )
     bad = sorted({c for c in adapter if c in "/\\:\0" or ord(c) < 32})
     if bad:
         raise AdapterNameError(
             f"adapter name (={adapter!r}) must not contain {bad}: it names a folder. "
             f"Use `{''.join('-' if c in bad else c for c in adapter)}`."
+        )
+    if adapter.encode(errors="replace").decode() != adapter:
+        raise AdapterNameError(
+            f"adapter name (={adapter!r}) holds half a surrogate pair, which no file name can."
         )
     if len(adapter.encode()) > 200 or adapter.startswith("__"):
         raise AdapterNameError(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-
-from torch import Tensor
+from collections.abc import Collection, Iterable, Iterator
 
 from multigraft.containers import escape
 from multigraft.graft import Graft
@@ -14,13 +12,14 @@ from multigraft.site import Site
 PREFIX = "base_model.model."
 """What stands before every base path in a file."""
 
+INFIXES = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""Path components that wrappers of torch add."""
+
 
 def strip_prefix(key: str) -> str:
     """A file's key relative to the base model; wrappers that torch puts around it are dropped."""
-    key = key.removeprefix(PREFIX)
-    for infix in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
-        key = key.replace(infix, "")
-    return key
+    parts = key.removeprefix(PREFIX).split(".")
+    return ".".join(part for part in parts if part not in INFIXES)
 
 
 def full_key(key: str) -> str:
@@ -61,13 +60,18 @@ def memory_name(graft: Graft, name: str) -> str:
     return f"{graft.site.path}.{group}.{escape(graft.adapter)}{tail}"
 
 
-def sites_in(state: Iterable[str] | dict[str, Tensor], prefix: str) -> list[str]:
-    """Base paths of the sites that these keys belong to: what stands before ``prefix``."""
+def sites_in(state: Iterable[str], prefix: str, known: Collection[str]) -> list[str]:
+    """Base paths of the sites that these keys belong to.
+
+    Args:
+        prefix: how the names of the method's tensors begin.
+        known: every base path of the model; what follows a site's path is none of them.
+    """
     paths: dict[str, None] = {}
     for key in state:
         parts = strip_prefix(key).split(".")
-        for index, part in enumerate(parts):
-            if index and part.startswith(prefix):
-                paths[".".join(parts[:index])] = None
-                break
+        for index in range(1, len(parts)):
+            path, group = ".".join(parts[:index]), parts[index]
+            if group.startswith(prefix) and path in known and f"{path}.{group}" not in known:
+                paths[path] = None
     return list(paths)
