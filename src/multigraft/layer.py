@@ -116,12 +116,13 @@ class AdaptedLayer(LayerFacade, nn.Module):
         seen = x
         for graft in plan.inputs:
             seen = graft.method.input(graft.params, seen)
-        if plan.stand_in is not None:
-            y = plan.stand_in.stand_in(seen, *args, **kwargs)  # type: ignore[misc]
-        elif plan.rebinds:
-            y = functional_call(self.base_layer, self._rebound(plan), (seen, *args), kwargs)
+        layer = self.base_layer
+        if plan.stand_in is not None and plan.stand_in.stand_in is not None:
+            layer = plan.stand_in.stand_in
+        if plan.rebinds:
+            y = functional_call(layer, self._rebound(plan, layer), (seen, *args), kwargs)
         else:
-            y = self.base_layer(seen, *args, **kwargs)
+            y = layer(seen, *args, **kwargs)
         base = None
         if plan.needs_base:
             base = y if plan.is_additive else self.base_layer(x, *args, **kwargs)
@@ -148,11 +149,15 @@ class AdaptedLayer(LayerFacade, nn.Module):
             y = y.index_add(0, rows, own)
         return y
 
-    def _rebound(self, plan: Plan) -> dict[str, Tensor]:
-        """Base tensors with the changes that these grafts make, each relative to the base's own."""
+    def _rebound(self, plan: Plan, layer: nn.Module) -> dict[str, Tensor]:
+        """The layer's tensors with the changes that these grafts make, relative to the base's own.
+
+        Args:
+            layer: the base layer, or what stands in for it.
+        """
         values = {}
         for name, grafts in plan.rebinds:
-            value = getattr(self.base_layer, name)
+            value = getattr(layer, name)
             own = grafts[0].site.weight()
             for graft in grafts:
                 value = value + graft.method.delta(graft.params, own).to(value.dtype)
