@@ -60,8 +60,9 @@ def find(
     if not isinstance(config, TargetedConfig):
         raise TargetError(f"{type(config).__name__} does not act on sites of the model.")
     main = METHODS[str(config.peft_type)]
+    _refuse_hidden(config, spots)
     saved = _saved(config, spots, lenient)
-    taken = {id(need.spot) for need in saved}
+    taken = {id(s) for s in spots if any(_is_within(s, need.spot) for need in saved)}
     targets = _targets(model, config, spots, taken, lenient)
     needs = [Need(_site(spot, main), main, spot) for spot in targets]
     _check_patterns(config, [need.site.path for need in needs], lenient)
@@ -199,7 +200,9 @@ def _site(spot: Spot, method: type[Method], parameter: str | None = None) -> Sit
         reason = _bypass(spot)
         if reason:
             raise TargetError(f"{where}: {reason}")
-    return Site(spot.path, layer, geometry, storage_of(layer), parameter)
+    # While adapters are merged, the base's own tensors are what its wrapper kept of them.
+    kept = spot.wrapper.kept if spot.wrapper is not None else {}
+    return Site(spot.path, layer, geometry, storage_of(layer), parameter, kept)
 
 
 def _bypass(spot: Spot) -> str | None:
@@ -239,6 +242,42 @@ def _saved(config: TargetedConfig, spots: Sequence[Spot], lenient: bool) -> list
             )
         parts |= {id(s): s for s in ([spot] if whole else owners)}
     return [Need(_site(s, method), method, s) for s in parts.values()]
+
+
+def _refuse_hidden(config: TargetedConfig, spots: Sequence[Spot]) -> None:
+    """Fail when the config means a module inside one that another adapter copied whole.
+
+    The copy takes its place, so an adapter there would act or not depending on who else is active.
+    """
+    for spot in spots:
+        if spot.wrapper is None or not spot.layer._modules:
+            continue
+        for name, module in spot.layer.named_modules():
+            path = f"{spot.path}.{name}"
+            if name and _means(config, path, module):
+                owners = ", ".join(f"`{a}`" for a in spot.wrapper.grafts)
+                raise TargetError(
+                    f"{path} lies inside {spot.path}, of which {owners} trains a whole copy "
+                    "(`modules_to_save`). Leave it out with `exclude_modules`, or delete that "
+                    "adapter first."
+                )
+
+
+def _means(config: TargetedConfig, path: str, module: nn.Module) -> bool:
+    """Whether the config asks for this module, which is hidden from the base view."""
+    if config.modules_to_save and _matches(config.modules_to_save, path):
+        return True
+    if config.exclude_modules and _matches(config.exclude_modules, path):
+        return False
+    wanted = config.target_modules
+    if wanted == "all-linear":
+        geometry = geometry_of(module)
+        return geometry is not None and geometry.is_linear
+    return bool(wanted) and _matches(wanted or [], path)
+
+
+def _is_within(spot: Spot, whole: Spot) -> bool:
+    return spot is whole or any(spot.path.startswith(f"{path}.") for path in whole.paths)
 
 
 def _own_tensors(layer: nn.Module) -> bool:

@@ -29,7 +29,7 @@ class Bias(Method):
     def reset(self, params: Params) -> None:
         (copy,) = params.values()
         with torch.no_grad():
-            copy.copy_(getattr(self.site.layer, self.site.tensor_name))
+            copy.copy_(self.site.weight())
 
     def delta(self, params: Params, W: Tensor | None = None) -> Tensor:
         assert W is not None

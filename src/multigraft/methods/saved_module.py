@@ -33,5 +33,7 @@ class SavedModule(Method):
 
     def module(self) -> nn.Module:
         twin = copy.deepcopy(self.site.layer)
+        for name, kept in self.site.kept.items():
+            self.site.storage.give_back(twin, kept, name)
         twin.requires_grad_(True)
         return twin
