@@ -24,7 +24,7 @@ from multigraft.roster import Roster
 from multigraft.routing import Route, check_names
 from multigraft.state import embedding_weights
 from multigraft.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
-from multigraft.tuner import Tuner
+from multigraft.tuner import Tuner, base_of
 
 
 class PeftModel(nn.Module):
@@ -258,9 +258,7 @@ class PeftModel(nn.Module):
             return
         root = Path(save_directory)
         if root.is_file():
-            raise CheckpointError(
-                f"{root} is a file; `save_directory` must be a directory."
-            )
+            raise CheckpointError(f"{root} is a file; `save_directory` must be a directory.")
         gathered = None
         if state_dict is not None:
             gathered = {strip_prefix(key): value for key, value in state_dict.items()}
@@ -380,13 +378,6 @@ class PeftModel(nn.Module):
         return config
 
 
-def base_of(model: nn.Module) -> nn.Module:
-    """The base model behind a handle of ours; anything else is its own base."""
-    while isinstance(model, (PeftModel, Tuner)):
-        model = model.get_base_model() if isinstance(model, PeftModel) else model.model
-    return model
-
-
 def _checkpoints_gradients(base: nn.Module) -> bool:
     """The flag of transformers, which version 5 renamed: asking for the old name there warns."""
     now = getattr(base, "is_activation_checkpointing", None)
@@ -405,5 +396,3 @@ def _let_gradients_in(base: nn.Module) -> None:
             MultigraftWarning,
             stacklevel=3,
         )
-
-

@@ -89,6 +89,7 @@ class Roster:
         Raises:
             StateError: two of them cannot act together.
         """
+        self.check_together(names)  # even while disabled: enabling them again must not fail
         layers = self.touched({*self.active, *names})
         acting = tuple(names) if self.enabled else ()
         plans = [layer.plan_for(acting, layer.merged_grafts) for layer in layers]

@@ -60,13 +60,22 @@ def survey(model: nn.Module) -> list[Spot]:
     """Every module of the base model below ``model`` itself, in the order of `named_modules`.
 
     Raises:
-        NestingError: a part of the model carries adapters of another library.
+        NestingError: the model is itself an adapted layer, holds one inside another, or carries
+            adapters of another library.
     """
+    if isinstance(model, AdaptedLayer):
+        raise NestingError(
+            f"the given model is the adapted layer at {model.path}; grafting onto its insides "
+            "would nest one adapter in another. Add the adapter to the model that holds it."
+        )
+    _refuse_foreign(model, "the given model")
     spots: dict[int, Spot] = {}
     for path, parent, name, module in _children(model, ""):
         wrapper = module if isinstance(module, AdaptedLayer) else None
         layer = wrapper.base_layer if wrapper is not None else module
         _refuse_foreign(layer, path)
+        if wrapper is not None and layer._modules:
+            _refuse_nested(wrapper, path)
         spot = spots.get(id(layer))
         if spot is None:
             spot = spots[id(layer)] = Spot(layer)
@@ -106,6 +115,20 @@ def _yield_one(
     yield path, parent, name, inner
     if not isinstance(inner, AdaptedLayer):
         yield from _children(inner, f"{path}.")
+
+
+def _refuse_nested(wrapper: AdaptedLayer, path: str) -> None:
+    """Fail when an adapted layer holds another one.
+
+    A module that is copied whole has insides, which may have been adapted as a model of their own;
+    leaf layers, which are the many, have none to look at.
+    """
+    for name, module in wrapper.named_modules():
+        if isinstance(module, AdaptedLayer) and module is not wrapper:
+            raise NestingError(
+                f"{path}.{name} was adapted by itself, inside the adapted layer {path}. Unload it "
+                "there, and adapt both through the whole model."
+            )
 
 
 def _refuse_foreign(layer: nn.Module, path: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from multigraft import merge as merging
 from multigraft.config import PeftConfig, TargetedConfig
 from multigraft.containers import check_name
-from multigraft.errors import AdapterNameError, MultigraftWarning
+from multigraft.errors import AdapterNameError, MultigraftWarning, StateError
 from multigraft.keys import sites_in
 from multigraft.layer import AdaptedLayer
 from multigraft.methods import METHODS
@@ -38,11 +38,18 @@ class Tuner(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.roster = roster_of(model, survey(model)) or Roster(model)
+        self._roster = roster_of(model, survey(model)) or Roster(model)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward, with whatever adapters act."""
         return self.model(*args, **kwargs)
+
+    @property
+    def roster(self) -> Roster:
+        """The one roster of this model, whichever handle grafted the adapters that are there."""
+        if not self._roster.configs:
+            self._roster = roster_of(self.model, survey(self.model)) or self._roster
+        return self._roster
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
@@ -105,9 +112,6 @@ class Tuner(nn.Module):
                 f"adapter `{name}` exists on this model. Choose another name, or call "
                 f"delete_adapter({name!r}) first."
             )
-        self._adopt_roster()
-        if name in self.roster.configs:
-            return self.prepare(name, config, lenient=lenient)
         return prepare(self.model, name, config, lenient=lenient)
 
     def commit(
@@ -167,24 +171,33 @@ class Tuner(nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter, merged or not; the base's bits come back with the last one.
 
-        When the only active adapter goes, the first remaining one becomes active.
+        When the only active adapter goes, the first remaining one that can act becomes active.
         """
         (name,) = self.roster.require(adapter_name)
+        was_only = self.roster.active == (name,)
+        active = self._heirs(name) if was_only else [n for n in self.roster.active if n != name]
         if name in self.roster.merged:
             merging.unmerge(self.roster, [name])
-        was_only = self.roster.active == (name,)
-        self.roster.set_active([n for n in self.roster.active if n != name])
+        self.roster.set_active(active)
         detach(self.roster, name)
-        remaining = list(self.roster.configs)
-        if was_only and remaining:
-            self.roster.set_active(remaining[:1])
         self._announce()
-        if was_only and remaining:
+        if was_only and active:
             warnings.warn(
-                f"`{name}` was the active adapter; `{remaining[0]}` is active now.",
+                f"`{name}` was the active adapter; `{active[0]}` is active now.",
                 MultigraftWarning,
                 stacklevel=2,
             )
+
+    def _heirs(self, name: str) -> list[str]:
+        """The first adapter besides ``name`` that can act beside what is merged, if any."""
+        for heir in self.roster.configs:
+            if heir != name:
+                try:
+                    self.roster.check_together([heir], without=[name])
+                except StateError:
+                    continue
+                return [heir]
+        return []
 
     def enable_adapter_layers(self) -> None:
         """Let the active adapters act again."""
@@ -230,11 +243,20 @@ class Tuner(nn.Module):
         Adapters that are merged already stay in. All or nothing: a failure leaves the model as
         it was.
         """
+        if self.roster.hidden:
+            raise StateError("adapters are disabled; leave disable_adapter() before merging.")
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         pending = self.roster.active if names is None else self.roster.require(names)
         pending = [n for n in pending if n not in self.roster.merged]
-        if pending:
-            merging.merge(self.roster, pending, safe=safe_merge)
+        active = self.roster.active
+        # The active ones are about to go: they have no say in what may be merged.
+        self.roster.set_active([])
+        try:
+            if pending:
+                merging.merge(self.roster, pending, safe=safe_merge)
+        except BaseException:
+            self.roster.set_active(active)
+            raise
         for layer in self.roster.touched(self.roster.configs):
             layer.kept.clear()
             layer.merged_grafts = []
@@ -269,11 +291,6 @@ class Tuner(nn.Module):
         self._announce()
         return self.model
 
-    def _adopt_roster(self) -> None:
-        """Another handle may have adapted the model since this one last looked."""
-        if not self.roster.configs:
-            self.roster = roster_of(self.model, survey(self.model)) or self.roster
-
     def _announce(self) -> None:
         """`model.peft_config` on the base model, which other packages read; gone with the last."""
         if self.roster.configs:
@@ -290,6 +307,15 @@ class Tuner(nn.Module):
             return getattr(self.model, name)
 
 
+def base_of(model: nn.Module) -> nn.Module:
+    """The base model behind a handle of ours; anything else is its own base."""
+    while True:
+        held = model if isinstance(model, Tuner) else model._modules.get("base_model")
+        if not isinstance(held, Tuner):
+            return model
+        model = held.model
+
+
 def inject_adapter_in_model(
     peft_config: PeftConfig,
     model: nn.Module,
@@ -301,6 +327,7 @@ def inject_adapter_in_model(
 
     Args:
         peft_config: what to graft; it is copied, never changed.
+        model: the base model; a handle (`PeftModel`) stands for its base.
         state_dict: an adapter's tensors by name on disk: its sites are adapted, whatever the config
             targets. The values are not loaded; `set_peft_model_state_dict` does that.
 
@@ -310,10 +337,12 @@ def inject_adapter_in_model(
     Raises:
         UnsupportedError: the method changes the context rather than weights.
     """
-    config = peft_config.copy()
+    config, base = peft_config.copy(), base_of(model)
     if state_dict is not None and isinstance(config, TargetedConfig):
-        config.target_modules = sites_in(state_dict, METHODS[str(config.peft_type)].prefix)
-    Tuner(model).add_adapter(
+        known = {path for spot in survey(base) for path in spot.paths}
+        prefix = METHODS[str(config.peft_type)].prefix
+        config.target_modules = sites_in(state_dict, prefix, known)
+    Tuner(base).add_adapter(
         adapter_name,
         config,
         autocast_adapter_dtype=False,

@@ -78,6 +78,8 @@ def exchange(roster: Roster, adapter: str, config: PeftConfig, scions: Sequence[
             layer.remove(adapter)
         layers = _set(roster, adapter, scions, undo)
         touched = {id(x): x for x in (*before, *layers)}.values()
+        for layer in touched:  # even while disabled: enabling them again must not fail
+            layer.plan_for(roster.active, layer.merged_grafts)
         plans = [x.plan_for(roster.acting(), x.merged_grafts) for x in touched]
     except BaseException:
         for step in reversed(undo):
