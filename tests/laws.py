@@ -1,0 +1,89 @@
+"""Independent checkers of the laws: they walk modules themselves and ask the library nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from multigraft import AdaptedLayer
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What must come back after removal.
+
+    Args:
+        modules: (path, identity, type, training, names of instance attributes), in order; a shared
+            module once per path.
+        tensors: (path, identity, bits, requires_grad), in order.
+    """
+
+    modules: tuple[tuple[str, int, type, bool, tuple[str, ...]], ...]
+    tensors: tuple[tuple[str, int, bytes, bool], ...]
+
+    @property
+    def bits(self) -> dict[str, bytes]:
+        """Bits by path."""
+        return {path: bits for path, _, bits, _ in self.tensors}
+
+
+def fingerprint(model: nn.Module) -> Fingerprint:
+    """Object graph, order of children, bits and flags of a model."""
+    modules = [
+        (path, id(m), type(m), m.training, (*sorted(vars(m)), *_hooks(m)))
+        for path, m in model.named_modules(remove_duplicate=False)
+    ]
+    tensors = [
+        (path, id(tensor), bits_of(tensor), tensor.requires_grad)
+        for path, tensor in (
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        )
+    ]
+    return Fingerprint(tuple(modules), tuple(tensors))
+
+
+def bits_of(tensor: Tensor) -> bytes:
+    """The tensor's own bytes, so that NaN equals itself and 0.0 differs from -0.0."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def assert_side_by_side(model: nn.Module, pristine: nn.Module) -> None:
+    """No graft on a graft, and every adapted layer stands at its base path.
+
+    Args:
+        model: the base model with its adapters in it (not the handle).
+        pristine: a copy of it that was never adapted.
+    """
+    for place, layer in _layers(model):
+        inside = [
+            p for p, m in layer.named_modules() if isinstance(m, AdaptedLayer) and m is not layer
+        ]
+        assert not inside, f"{place} holds adapted layers inside: {inside}"
+        base = layer.base_layer
+        assert not isinstance(base, AdaptedLayer), f"{place}: base_layer is an adapted layer"
+        assert "base_layer" not in place.split("."), f"{place} hangs below a wrapper"
+        theirs = dict(pristine.named_modules(remove_duplicate=False))
+        assert layer.path in theirs, f"{layer.path} is no path of the base model"
+        assert type(theirs[layer.path]) is type(base), f"{layer.path} wraps a {type(base)}"
+        same = [p for p, m in theirs.items() if m is theirs[layer.path]]
+        assert place in same, f"{layer.path} stands at {place}"
+
+
+def adapted_paths(model: nn.Module) -> list[str]:
+    """Where adapted layers stand, sorted; a shared one at each of its places."""
+    return sorted(place for place, _ in _layers(model))
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
+    for place, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, AdaptedLayer):
+            yield place, module
+
+
+def _hooks(module: nn.Module) -> list[str]:
+    tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return [f"{name}={len(getattr(module, name))}" for name in tables]
