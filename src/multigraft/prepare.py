@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from multigraft.config import PeftConfig, TargetedConfig
+from multigraft.defaults import default_targets
 from multigraft.graft import Graft, Shared, grow, grow_shared
 from multigraft.keys import disk_names
 from multigraft.methods import METHODS, Method, TensorSpec
@@ -90,7 +91,9 @@ class Prepared:
         specs = self.main.shared_specs(self.config, self.main_sites)
         return {name: spec for name, spec in specs.items() if spec.saved}
 
-    def _grow_shared(self, given: Mapping[str, Tensor], autocast: bool, on_meta: bool) -> Shared | None:
+    def _grow_shared(
+        self, given: Mapping[str, Tensor], autocast: bool, on_meta: bool
+    ) -> Shared | None:
         if not self.main_sites:
             return None
         where = _dtype_and_device(self.main_sites[0], autocast, on_meta)
@@ -108,7 +111,9 @@ class Prepared:
         }
 
 
-def _dtype_and_device(site: Site, autocast: bool, on_meta: bool) -> tuple[torch.dtype, torch.device]:
+def _dtype_and_device(
+    site: Site, autocast: bool, on_meta: bool
+) -> tuple[torch.dtype, torch.device]:
     dtype = site.dtype
     if autocast and (dtype in LOW_PRECISION or dtype.itemsize == 1):
         dtype = torch.float32
@@ -128,8 +133,7 @@ def prepare(
     needs = find(model, config, spots, lenient=lenient)
     main = [n for n in needs if n.method.name == str(config.peft_type)]
     parts = [(need, need.method(need.site, config)) for need in needs]
-    _resolve_targets(config, main, spots)
-    _resolve_layout(config, main)
+    _resolve_targets(model, config, main, spots)
     _resolve_layout(config, main)
     return Prepared(adapter, config, parts)
 
@@ -141,19 +145,17 @@ def _resolve_layout(config: PeftConfig, main: Sequence[Need]) -> None:
         config.fan_in_fan_out = shapes[-1].is_transposed
 
 
-def _resolve_layout(config: PeftConfig, main: Sequence[Need]) -> None:
-    """Write into the model's own copy how the (last) linear target stores its weight."""
-    shapes = [n.site.geometry for n in main if n.site.geometry and n.site.geometry.is_linear]
-    if shapes and hasattr(config, "fan_in_fan_out"):
-        config.fan_in_fan_out = shapes[-1].is_transposed
-
-
-def _resolve_targets(config: PeftConfig, main: Sequence[Need], spots: Sequence[Spot]) -> None:
+def _resolve_targets(
+    model: nn.Module, config: PeftConfig, main: Sequence[Need], spots: Sequence[Spot]
+) -> None:
     """Write what "all-linear" and None turned out to mean into the model's own copy."""
     if not isinstance(config, TargetedConfig) or config.target_modules not in (None, "all-linear"):
         return
     chosen = [need.spot for need in main]
-    if config.exclude_modules or config.layers_to_transform is not None:
+    usual = default_targets(model) if config.target_modules is None else None
+    if isinstance(usual, list):
+        config.target_modules = list(usual)
+    elif config.exclude_modules or config.layers_to_transform is not None:
         # A list of full paths is exact; suffixes could mean more than the filters let through.
         config.target_modules = sorted(spot.path for spot in chosen)
     else:
