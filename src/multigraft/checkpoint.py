@@ -48,7 +48,7 @@ class LoadReport:
     nonfinite_keys: list[str] = field(default_factory=list)
 
     def check(self, where: str, strict: bool = True, ignore_mismatched_sizes: bool = False) -> None:
-        """Raise `CheckpointError` with the whole report unless everything is in order or allowed."""
+        """Raise `CheckpointError` with the whole report unless all is in order or allowed."""
         problems = []
         if strict:
             problems += _listing("missing from the file", self.missing_keys)
@@ -140,7 +140,12 @@ def save_card(directory: Path, config: PeftConfig, method: str) -> None:
         f"An adapter for `{base or 'an unnamed base model'}`, saved by Multigraft in PEFT's format.",
         "",
     ]
-    write_text(card, "\n".join(lines))
+    try:
+        write_text(card, "\n".join(lines))
+    except OSError as error:
+        raise CheckpointError(
+            f"{card} could not be written ({error}). The adapter itself is saved."
+        ) from error
 
 
 def read(path: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]:
@@ -155,13 +160,23 @@ def read(path: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]:
                 f"{path} is a pickle, which can run code when it is read. Convert it to "
                 "safetensors, or pass allow_pickle=True if you trust where it comes from."
             )
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = _unpickle(path)
     else:
         try:
             tensors = load_file(path, device="cpu")
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged or no safetensors file ({error}).") from error
     return {strip_prefix(key): tensor for key, tensor in tensors.items()}
+
+
+def _unpickle(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle raises whatever the damaged bytes happen to mean
+        raise CheckpointError(f"{path} is damaged or holds more than tensors ({error}).") from error
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise CheckpointError(f"{path} holds no dictionary of names to tensors.")
+    return tensors
 
 
 def rename(tensors: Mapping[str, Tensor], mapping: Mapping[str, str] | None) -> dict[str, Tensor]:

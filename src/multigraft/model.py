@@ -92,7 +92,7 @@ class PeftModel(nn.Module):
     @property
     def active_peft_config(self) -> PeftConfig:
         """The (first) active adapter's config."""
-        return self.peft_config[self.roster.active[0]]
+        return self.peft_config[self.roster.first_active]
 
     @property
     def peft_type(self) -> Any:
@@ -252,7 +252,7 @@ class PeftModel(nn.Module):
                 "code when they are read. Leave it at True: PEFT reads these files."
             )
         names = self.roster.require(
-            self.peft_config if selected_adapters is None else selected_adapters
+            self.roster.names() if selected_adapters is None else selected_adapters
         )
         if not is_main_process:
             return

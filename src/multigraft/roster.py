@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from multigraft.config import PeftConfig
-from multigraft.errors import AdapterNameError, RoutingError, did_you_mean
+from multigraft.errors import AdapterNameError, RoutingError, StateError, did_you_mean
 from multigraft.graft import Graft
 from multigraft.layer import AdaptedLayer
 from multigraft.routing import Route
@@ -46,6 +46,28 @@ class Roster:
     def merged(self) -> list[str]:
         """Adapters that are merged at any layer."""
         return [n for n in self.configs if any(n in x.merged_adapters for x in self.layers[n])]
+
+    @property
+    def first_active(self) -> str:
+        """The adapter that stands for the active ones where only one can.
+
+        Raises:
+            StateError: none is active.
+        """
+        if not self.active:
+            known = ", ".join(f"`{n}`" for n in self.configs) or "none"
+            raise StateError(f"no adapter is active; set_adapter() one. There are: {known}.")
+        return self.active[0]
+
+    def names(self) -> list[str]:
+        """Every adapter's name.
+
+        Raises:
+            StateError: there is none.
+        """
+        if not self.configs:
+            raise StateError(f"{type(self.root).__name__} has no adapters; add one first.")
+        return list(self.configs)
 
     def require(self, names: str | Iterable[str]) -> list[str]:
         """The names as a list without repeats.
@@ -104,6 +126,10 @@ class Roster:
                 for parameter in graft.parameters():
                     if parameter.is_floating_point():
                         parameter.requires_grad_(requires_grad)
+
+    def trains(self, name: str) -> bool:
+        """Whether any of this adapter's parameters requires gradients."""
+        return any(p.requires_grad for _, g in self.grafts(name) for p in g.parameters())
 
     def check_batchable(self, name: str) -> None:
         """Fail when one of the adapter's methods cannot serve single rows of a batch.

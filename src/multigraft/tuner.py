@@ -157,6 +157,7 @@ class Tuner(nn.Module):
                 stacklevel=2,
             )
             merging.unmerge(self.roster, merged)
+        self._warn_of_merged([] if inference_mode else names)
         self.roster.set_active(names)
         others = [n for n in self.roster.configs if n not in names]
         self.roster.set_requires_grad(others, False)
@@ -166,7 +167,15 @@ class Tuner(nn.Module):
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
     ) -> None:
         """Freeze or thaw these adapters; others keep their flags."""
-        self.roster.set_requires_grad(self.roster.require(adapter_names), requires_grad)
+        names = self.roster.require(adapter_names)
+        self._warn_of_merged(names if requires_grad else [])
+        self.roster.set_requires_grad(names, requires_grad)
+
+    def train(self, mode: bool = True) -> Tuner:
+        """Switch the model's training mode; warns when a merged adapter would be trained."""
+        if mode and self.roster.merged:
+            self._warn_of_merged([n for n in self.roster.merged if self.roster.trains(n)])
+        return super().train(mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter, merged or not; the base's bits come back with the last one.
@@ -290,6 +299,16 @@ class Tuner(nn.Module):
             detach(self.roster, name)
         self._announce()
         return self.model
+
+    def _warn_of_merged(self, to_be_trained: Sequence[str]) -> None:
+        merged = [n for n in self.roster.merged if n in to_be_trained]
+        if merged:
+            warnings.warn(
+                f"adapters {merged} are merged into the base: they get no gradient, and training "
+                "changes nothing. Call unmerge_adapter() first.",
+                MultigraftWarning,
+                stacklevel=3,
+            )
 
     def _announce(self) -> None:
         """`model.peft_config` on the base model, which other packages read; gone with the last."""
