@@ -20,15 +20,14 @@ from multigraft.config import PeftConfig, TargetedConfig, TaskType, matching_pat
 from multigraft.defaults import TASK_HEADS, default_targets
 from multigraft.errors import MultigraftWarning, TargetError, did_you_mean
 from multigraft.methods import METHODS, Method
-from multigraft.registry import qualified_name
+from multigraft.registry import TypeRegistry
 from multigraft.site import Site
 from multigraft.storage import storage_of
 from multigraft.survey import Spot
 
-BYPASSED = {
-    "torch.nn.modules.activation.MultiheadAttention": frozenset({"out_proj"}),
-    "torch.nn.modules.transformer.TransformerEncoderLayer": frozenset({"linear1", "linear2"}),
-}
+BYPASSED: TypeRegistry[frozenset[str]] = TypeRegistry("parent that bypasses its children")
+BYPASSED.register(nn.MultiheadAttention)(frozenset({"out_proj"}))
+BYPASSED.register(nn.TransformerEncoderLayer)(frozenset({"linear1", "linear2"}))
 """Parents that read their children's ``.weight`` directly, so that an adapter's forward may never
 run: an adapter there would train and then vanish, or never train at all."""
 
@@ -69,8 +68,11 @@ def find(
     return needs + saved + _biases(config, needs, spots, taken)
 
 
-def minimal_names(targets: Iterable[Spot], spots: Sequence[Spot]) -> list[str]:
-    """The shortest list of names that means exactly these modules: last components, or paths."""
+def minimal_names(targets: Iterable[Spot], spots: Sequence[Spot]) -> list[str] | str:
+    """The shortest that means exactly these modules: last components, or paths.
+
+    Where one path ends like that of a module which is not meant, only an expression is exact.
+    """
     chosen = {id(spot) for spot in targets}
     names = sorted({spot.path.rpartition(".")[2] for spot in spots if id(spot) in chosen})
     lookup = set(names)
@@ -78,7 +80,13 @@ def minimal_names(targets: Iterable[Spot], spots: Sequence[Spot]) -> list[str]:
         id(spot) in chosen or not any(p.rpartition(".")[2] in lookup for p in spot.paths)
         for spot in spots
     )
-    return names if exact else sorted(spot.path for spot in spots if id(spot) in chosen)
+    if exact:
+        return names
+    paths = sorted(spot.path for spot in spots if id(spot) in chosen)
+    others = [p for spot in spots if id(spot) not in chosen for p in spot.paths]
+    if any(_matches(paths, p) for p in others):
+        return "|".join(map(re.escape, paths))
+    return paths
 
 
 def _targets(
@@ -87,6 +95,7 @@ def _targets(
     wanted = config.target_modules
     if wanted is None:
         wanted = default_targets(model)
+    _check_layers(config, spots, lenient)
     if wanted == "all-linear":
         found = _all_linear(model, config, spots)
     else:
@@ -160,21 +169,41 @@ def _check_names(
         raise TargetError(message)
 
 
+def _layer_index(config: TargetedConfig, path: str) -> int | None:
+    """The index of the layer that a path lies in, by ``layers_pattern`` or the first number."""
+    patterns = config.layers_pattern or [r"[^.]*"]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        match = re.match(rf"(?:^|.*?\.)(?:{pattern})\.(\d+)\.", path)
+        if match:
+            return int(match.group(1))
+    return None
+
+
+def _check_layers(config: TargetedConfig, spots: Sequence[Spot], lenient: bool) -> None:
+    """Fail for layer indices that no layer of the model has."""
+    indices = config.layers_to_transform
+    if indices is None or indices == []:
+        return
+    there = {i for s in spots for p in s.paths if (i := _layer_index(config, p)) is not None}
+    missing = sorted(({indices} if isinstance(indices, int) else set(indices)) - there)
+    if not missing:
+        return
+    known = f"there are {min(there)} to {max(there)}" if there else "no layer has an index"
+    message = f"`layers_to_transform` (={indices!r}): there are no layers {missing}; {known}"
+    if config.layers_pattern:
+        message += f" in `layers_pattern` (={config.layers_pattern!r})"
+    if not lenient:
+        raise TargetError(f"{message}. Give indices of the model's layers.")
+    warnings.warn(f"{message}.", MultigraftWarning, stacklevel=2)
+
+
 def _in_layers(config: TargetedConfig, spot: Spot, wanted: list[str] | str, lenient: bool) -> bool:
     """Whether ``layers_to_transform`` lets this module in."""
     indices = config.layers_to_transform
     if indices is None or indices == []:
         return True
     allowed = {indices} if isinstance(indices, int) else set(indices)
-    patterns = config.layers_pattern or [r"[^.]*"]
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    for pattern in patterns:
-        match = re.match(rf"(?:^|.*?\.)(?:{pattern})\.(\d+)\.", spot.path)
-        if match:
-            is_in = int(match.group(1)) in allowed
-            break
-    else:
-        is_in = False
+    is_in = _layer_index(config, spot.path) in allowed
     if not is_in and isinstance(wanted, list) and spot.path in wanted:
         # PEFT lets a full path pass whatever the indices; its files keep that meaning.
         if lenient:
@@ -207,13 +236,12 @@ def _site(spot: Spot, method: type[Method], parameter: str | None = None) -> Sit
 
 def _bypass(spot: Spot) -> str | None:
     for parent, name in spot.places:
-        for cls in type(parent).__mro__:
-            if name in BYPASSED.get(qualified_name(cls), ()):
-                return (
-                    f"its parent {type(parent).__name__} reads `{name}.weight` directly, so an "
-                    "adapter on it would not run (in evaluation, or at all). Leave it out with "
-                    "`exclude_modules`."
-                )
+        if name in (BYPASSED.find(type(parent)) or ()):
+            return (
+                f"its parent {type(parent).__name__} reads `{name}.weight` directly, so an "
+                "adapter on it would not run (in evaluation, or at all). Leave it out with "
+                "`exclude_modules`."
+            )
     return None
 
 
