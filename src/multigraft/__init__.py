@@ -9,6 +9,7 @@ from multigraft.errors import (
     AdapterNameError,
     CheckpointError,
     ConfigError,
+    DataError,
     MissingExtraError,
     MultigraftError,
     MultigraftWarning,
@@ -16,6 +17,7 @@ from multigraft.errors import (
     RoutingError,
     StateError,
     TargetError,
+    TrainingError,
     UnsupportedError,
 )
 from multigraft.layer import AdaptedLayer
@@ -40,6 +42,7 @@ __all__ = [
     "AdapterNameError",
     "CheckpointError",
     "ConfigError",
+    "DataError",
     "LoraConfig",
     "MissingExtraError",
     "MultigraftError",
@@ -58,6 +61,7 @@ __all__ = [
     "StateError",
     "TargetError",
     "TaskType",
+    "TrainingError",
     "UnsupportedError",
     "__version__",
     "get_layer_status",

@@ -9,6 +9,8 @@
     ├── RoutingError (ValueError)       a mixed batch whose rows cannot be served
     ├── UnsupportedError (ValueError)   a thing that we know and do not do
     ├── CheckpointError (RuntimeError)  files that are damaged or that fit another model
+    ├── DataError (ValueError)          training data that cannot be used, line by line
+    ├── TrainingError (RuntimeError)    a training run that cannot begin or go on
     └── MissingExtraError (ImportError) an optional package that is not installed
 
 Every message says where, what was given, what is required and what to do.
@@ -54,6 +56,14 @@ class UnsupportedError(MultigraftError, ValueError):
 
 class CheckpointError(MultigraftError, RuntimeError):
     """An adapter's files are incomplete, damaged, or belong to another base model."""
+
+
+class DataError(MultigraftError, ValueError):
+    """Training data holds lines that cannot be used; the message lists them."""
+
+
+class TrainingError(MultigraftError, RuntimeError):
+    """A training run cannot begin, or diverged; no file was written."""
 
 
 class MissingExtraError(MultigraftError, ImportError):

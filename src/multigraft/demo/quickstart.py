@@ -1,0 +1,264 @@
+"""The quick start as a job in stages: three adapters on one small base, and what is promised.
+
+Each stage is a method that returns what it found; whoever runs the job prints it. The promises at
+the end are checked against the model itself, and one that does not hold is said to be broken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multigraft import train
+from multigraft.demo import RECIPE, TASKS, Recipe, Task, examples, model_path
+from multigraft.inspect import Structure, describe
+from multigraft.methods.lora import LoraConfig
+from multigraft.model import PeftModel
+from multigraft.routing import BASE
+
+ABOVE = 0.90
+"""Exact match that each adapter has to exceed on its own task."""
+BELOW = 0.05
+"""Exact match that the base must not exceed on any task."""
+TRAIN_SEED, HELD_OUT_SEED = 0, 1
+ROWS_EACH = 2
+"""Rows of each adapter in the mixed batch that is shown."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Exact match by (adapter, task), ``"__base__"`` being the base alone."""
+
+    table: dict[tuple[str, str], float]
+    held_out: int
+
+    def row(self, adapter: str, tasks: Sequence[Task]) -> list[float]:
+        """One adapter's scores, in the order of ``tasks``."""
+        return [self.table[adapter, task.name] for task in tasks]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the mixed batch: the adapter that it names, and what came of it."""
+
+    adapter: str
+    task: str
+    text: str
+    given: str
+    expected: str
+
+    @property
+    def is_right(self) -> bool:
+        """Whether this is the task's answer."""
+        return self.given.strip() == self.expected.strip()
+
+
+@dataclass(frozen=True)
+class Reload:
+    """What a fresh base with the saved adapters gives, against the trained model."""
+
+    folders: tuple[Path, ...]
+    max_difference: float
+    rows: int
+
+
+@dataclass(frozen=True)
+class Promise:
+    """A claim, whether it holds, and the figures."""
+
+    claim: str
+    is_kept: bool
+    figures: str
+
+
+class Quickstart:
+    """The demo's job; call the stages in the order in which they are written here.
+
+    Args:
+        output: directory for the three adapters, a subfolder each.
+        seed: decides initial values, order and dropout.
+        recipe: settings of every adapter.
+        base: folder of the base model; the package's own by default.
+    """
+
+    def __init__(
+        self,
+        output: str | Path,
+        seed: int = 0,
+        recipe: Recipe = RECIPE,
+        base: str | Path | None = None,
+        tasks: Sequence[Task] = TASKS,
+    ) -> None:
+        self.output = Path(output)
+        self.seed = seed
+        self.recipe = recipe
+        self.base = str(base or model_path())
+        self.tasks = tuple(tasks)
+        self.scores: Scores | None = None
+        self.reloaded: Reload | None = None
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The base model's tokeniser."""
+        return train.load_tokenizer(self.base)
+
+    @cached_property
+    def model(self) -> PeftModel:
+        """The base with one new adapter per task, all of them over every linear layer."""
+        model: Any = train.load_model(self.base, dtype=self.recipe.dtype, device="cpu")
+        for task in self.tasks:
+            model = train.attach(model, self._config(), task.name, self.seed)
+        return model
+
+    def train(self, task: Task, on_step: train.OnStep | None = None) -> list[float]:
+        """Train the task's adapter; the loss of every step."""
+        recipe = self._train_recipe()
+        rows = examples(task, "train", self.recipe.steps * self.recipe.batch, TRAIN_SEED)
+        coded = train.encode(train.pairs(rows), self.tokenizer, 512)
+        pad = train.pad_token(self.tokenizer)
+        lane = train.Lane(self.model, task.name, coded.examples, recipe, pad)
+        return train.train(self.model, lane, on_step)
+
+    def structure(self) -> Structure:
+        """What hangs where, with every adapter active, so that their sum is what acts."""
+        return describe(self.model)
+
+    def evaluate(self, task: Task) -> dict[str, float]:
+        """Exact match of the base and of every adapter on one task's held-out examples.
+
+        All of them share batches: each row names the adapter that it wants.
+        """
+        records = train.pairs(examples(task, "heldout", self.recipe.heldout, HELD_OUT_SEED))
+        adapters = [BASE, *(t.name for t in self.tasks)]
+        answers = train.answer(
+            self.model,
+            self.tokenizer,
+            [record for _ in adapters for record in records],
+            adapter_names=[name for name in adapters for _ in records],
+            max_new_tokens=self.recipe.max_new_tokens,
+            batch_size=len(adapters) * len(records),
+        )
+        count = len(records)
+        found = {
+            name: train.share_right(answers[n * count : (n + 1) * count])
+            for n, name in enumerate(adapters)
+        }
+        before = self.scores.table if self.scores else {}
+        table = before | {(name, task.name): share for name, share in found.items()}
+        self.scores = Scores(table, count)
+        return found
+
+    def mixed_batch(self) -> list[Row]:
+        """One batch in which each row uses its own adapter, the last one none."""
+        rows = self._mixed_rows()
+        answers = train.answer(
+            self.model,
+            self.tokenizer,
+            [record for _, _, record in rows],
+            adapter_names=[name for name, _, _ in rows],
+            max_new_tokens=self.recipe.max_new_tokens,
+        )
+        return [
+            Row(name, task.name, _input_of(task, record.prompt), a.given, a.expected)
+            for (name, task, record), a in zip(rows, answers, strict=True)
+        ]
+
+    def save_and_reload(self) -> Reload:
+        """Save the adapters, load them onto a fresh base, and compare the logits of one batch."""
+        names = [task.name for task in self.tasks]
+        self.model.save_pretrained(self.output, selected_adapters=names)
+        base = train.load_model(self.base, dtype=self.recipe.dtype, device="cpu")
+        folders = [self.output / name for name in names]
+        fresh = PeftModel.from_pretrained(base, folders[0], adapter_name=names[0])
+        for name, folder in zip(names[1:], folders[1:], strict=True):
+            fresh.load_adapter(folder, name)
+        ours, theirs = self._logits(self.model), self._logits(fresh)
+        difference = float((ours - theirs).abs().max())
+        self.reloaded = Reload(tuple(folders), difference, len(ours))
+        return self.reloaded
+
+    def promises(self) -> list[Promise]:
+        """What the quick start claims, each held against what was found."""
+        structure, scores, reloaded = self.structure(), self.scores, self.reloaded
+        assert scores is not None and reloaded is not None, "evaluate and save_and_reload come first"
+        own = [scores.table[t.name, t.name] for t in self.tasks]
+        base = scores.row(BASE, self.tasks)
+        side_by_side = all(
+            {a.name for a in site.adapters} == set(structure.adapters) for site in structure.sites
+        )
+        return [
+            Promise(
+                f"{len(self.tasks)} adapters stand side by side; none lies inside another",
+                structure.is_flat and side_by_side and bool(structure.sites),
+                f"{len(structure.nested)} of {len(structure.sites)} adapted layers nested",
+            ),
+            Promise(
+                f"each adapter is above {ABOVE:.0%} on its own task, on unseen examples",
+                min(own) > ABOVE,
+                ", ".join(f"{share:.0%}" for share in own),
+            ),
+            Promise(
+                f"the base alone is at most at {BELOW:.0%}",
+                max(base) <= BELOW,
+                ", ".join(f"{share:.0%}" for share in base),
+            ),
+            Promise(
+                "reloaded on a fresh base, the adapters give equal outputs",
+                reloaded.max_difference == 0.0,
+                f"largest difference {reloaded.max_difference:g}",
+            ),
+        ]
+
+    def _config(self) -> LoraConfig:
+        return LoraConfig(
+            r=self.recipe.rank,
+            lora_alpha=self.recipe.alpha,
+            target_modules=self.recipe.targets,
+            task_type="CAUSAL_LM",
+        )
+
+    def _train_recipe(self) -> train.Recipe:
+        return train.Recipe(
+            steps=self.recipe.steps,
+            batch_size=self.recipe.batch,
+            lr=self.recipe.learning_rate,
+            warmup=self.recipe.warmup_steps,
+            weight_decay=self.recipe.weight_decay,
+            clip=self.recipe.clip_norm,
+            seed=self.seed,
+        )
+
+    def _mixed_rows(self) -> list[tuple[str, Task, train.Pair]]:
+        """Rows in turn: a row of each adapter, again, and one of the base."""
+        drawn = {
+            task.name: train.pairs(examples(task, "heldout", ROWS_EACH, HELD_OUT_SEED + 1))
+            for task in self.tasks
+        }
+        rows = [(t.name, t, drawn[t.name][n]) for n in range(ROWS_EACH) for t in self.tasks]
+        first = self.tasks[0]
+        return [*rows, (BASE, first, drawn[first.name][0])]
+
+    def _logits(self, model: PeftModel) -> Tensor:
+        """Logits ``(rows, tokens, vocabulary)`` of the mixed batch's prompts and answers."""
+        rows = self._mixed_rows()
+        coded = [train.encode_one(record, self.tokenizer) for _, _, record in rows]
+        batch = train.collate(coded, train.pad_token(self.tokenizer))
+        model.eval()
+        with torch.inference_mode():
+            names = [name for name, _, _ in rows]
+            logits = model(
+                input_ids=batch.ids, attention_mask=batch.mask, adapter_names=names
+            ).logits
+        return logits[batch.mask.bool()]
+
+
+def _input_of(task: Task, prompt: str) -> str:
+    """What the prompt's frame holds."""
+    before, _, after = task.prompt.partition("{text}")
+    return prompt.removeprefix(before).removesuffix(after)

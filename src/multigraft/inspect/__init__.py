@@ -1,0 +1,21 @@
+"""What hangs where in a model: its adapted sites, and the adapters side by side at each."""
+
+from multigraft.inspect.outline import Node, outline, render
+from multigraft.inspect.structure import (
+    AdaptedSite,
+    SiteAdapter,
+    SiteGroup,
+    Structure,
+    describe,
+)
+
+__all__ = [
+    "AdaptedSite",
+    "Node",
+    "SiteAdapter",
+    "SiteGroup",
+    "Structure",
+    "describe",
+    "outline",
+    "render",
+]

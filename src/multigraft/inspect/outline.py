@@ -1,0 +1,64 @@
+"""A structure as an outline: nodes that a terminal, or anything else, can draw as a tree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from multigraft.inspect.structure import SiteAdapter, SiteGroup, Structure
+
+
+@dataclass(frozen=True)
+class Node:
+    """One line of an outline: what it names, what is said of it, and what lies under it."""
+
+    label: str
+    note: str = ""
+    children: tuple[Node, ...] = ()
+
+
+def outline(structure: Structure) -> Node:
+    """The base at the root, a node for each group of sites, their adapters as siblings below."""
+    count = len(structure.adapters)
+    note = (
+        f"one frozen base of {structure.base_parameters:,} parameters, "
+        f"{count} adapter{'s' if count != 1 else ''} at {len(structure.sites)} sites"
+    )
+    return Node(structure.base, note, tuple(_group(group) for group in structure.groups))
+
+
+def render(node: Node) -> str:
+    """The outline as plain text, drawn with box characters."""
+    return "\n".join(_lines(node, "", ""))
+
+
+def _group(group: SiteGroup) -> Node:
+    size = "×".join(map(str, group.shape))
+    stored = "" if group.storage == "dense" else f", {group.storage}"
+    times = f", {len(group.sites)} of them" if len(group.sites) > 1 else ""
+    return Node(
+        group.pattern,
+        f"{group.kind} {size}{stored}{times}",
+        tuple(_adapter(adapter) for adapter in group.adapters),
+    )
+
+
+def _adapter(adapter: SiteAdapter) -> Node:
+    facts = [adapter.method]
+    if adapter.rank:
+        facts.append(f"rank {adapter.rank}")
+    facts.append(f"scaling {adapter.scaling:g}")
+    facts.append("active" if adapter.is_active else "inactive")
+    facts += ["merged"] if adapter.is_merged else []
+    facts.append("trainable" if adapter.is_trainable else "frozen")
+    facts.append(f"{adapter.parameters:,} parameters")
+    return Node(adapter.name, ", ".join(facts))
+
+
+def _lines(node: Node, first: str, rest: str) -> Iterator[str]:
+    yield f"{first}{node.label}{'  ' + node.note if node.note else ''}"
+    for number, child in enumerate(node.children, start=1):
+        is_last = number == len(node.children)
+        yield from _lines(
+            child, rest + ("└── " if is_last else "├── "), rest + ("    " if is_last else "│   ")
+        )

@@ -1,0 +1,55 @@
+"""Fine-tuning: data, a training loop per adapter, evaluation.
+
+    records = read_jsonl("dates.jsonl").check()
+    model, tokenizer = load_model("…"), load_tokenizer("…")
+    model = attach(model, LoraConfig(target_modules="all-linear"), "dates")
+    lane = Lane(model, "dates", encode(records, tokenizer, 512).examples, Recipe(epochs=2))
+    train(model, lane, on_step=print)
+
+or all of that, with checks before and files after, as one `FineTune`.
+"""
+
+from multigraft.train.batches import Batch, Order, collate
+from multigraft.train.data import BadLine, Chat, Pair, Record, Records, pairs, read_jsonl
+from multigraft.train.encode import Encoded, Encoding, encode, encode_one, prompt_ids
+from multigraft.train.evaluate import Answer, answer, generate, mean_loss, share_right
+from multigraft.train.finetune import FineTune, Outcome
+from multigraft.train.lane import Lane
+from multigraft.train.load import attach, load_model, load_tokenizer, pad_token
+from multigraft.train.loop import OnStep, Progress, train
+from multigraft.train.recipe import SCHEDULES, Recipe
+
+__all__ = [
+    "SCHEDULES",
+    "Answer",
+    "BadLine",
+    "Batch",
+    "Chat",
+    "Encoded",
+    "Encoding",
+    "FineTune",
+    "Lane",
+    "OnStep",
+    "Order",
+    "Outcome",
+    "Pair",
+    "Progress",
+    "Recipe",
+    "Record",
+    "Records",
+    "answer",
+    "attach",
+    "collate",
+    "encode",
+    "encode_one",
+    "generate",
+    "load_model",
+    "load_tokenizer",
+    "mean_loss",
+    "pad_token",
+    "pairs",
+    "prompt_ids",
+    "read_jsonl",
+    "share_right",
+    "train",
+]

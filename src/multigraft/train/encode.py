@@ -1,0 +1,222 @@
+"""From records to tokens, and which of them are learned.
+
+The prompt's tokens here are the ones that generation will see: where tokenising the text as a
+whole would join characters across a boundary, each side is tokenised on its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from multigraft.errors import DataError
+from multigraft.train.data import BadLine, Chat, Pair, Record
+
+IGNORED = -100
+"""The label of tokens that are not learned, as in torch's cross-entropy."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example: token ids and, for each, whether it is learned."""
+
+    ids: list[int]
+    learned: list[bool]
+
+    @property
+    def labels(self) -> list[int]:
+        """The ids that are learned, `IGNORED` elsewhere."""
+        return [
+            i if is_learned else IGNORED
+            for i, is_learned in zip(self.ids, self.learned, strict=True)
+        ]
+
+
+@dataclass
+class Encoding:
+    """The examples of a file, and what had to be left out or cut."""
+
+    examples: list[Encoded] = field(default_factory=list)
+    bad: list[BadLine] = field(default_factory=list)
+    cut: int = 0
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of text that is learned, or not."""
+
+    text: str
+    learned: bool
+
+
+def encode(records: Sequence[Record], tokenizer: Any, max_length: int, file: str = "") -> Encoding:
+    """Tokenise records; examples of more than ``max_length`` tokens are cut at the end.
+
+    Records that the chat template cannot render, or of which nothing learned is left after the
+    cut, are reported in ``bad``.
+    """
+    result = Encoding()
+    for record in records:
+        try:
+            example = encode_one(record, tokenizer)
+        except DataError as error:
+            why, _, remedy = str(error).partition(". ")
+            result.bad.append(BadLine(file, record.line, why, remedy))
+            continue
+        length = len(example.ids)
+        kept = Encoded(example.ids[:max_length], example.learned[:max_length])
+        if not any(kept.learned[1:]):
+            why = f"its {length} tokens have nothing to learn within `max_length` (={max_length})"
+            remedy = "Shorten the prompt or raise the length"
+            result.bad.append(BadLine(file, record.line, why, remedy))
+            continue
+        result.cut += length > max_length
+        result.examples.append(kept)
+    return result
+
+
+def encode_one(record: Record, tokenizer: Any) -> Encoded:
+    """One record as tokens; a pair ends with the end-of-text token, which is learned as well.
+
+    Raises:
+        DataError: the chat template is missing, or refuses these messages.
+    """
+    if isinstance(record, Pair):
+        spans = [Span(record.prompt, False), Span(record.completion, True)]
+        example = _tokenise(spans, tokenizer, special=True)
+        end = tokenizer.eos_token_id
+        if end is None:
+            return example
+        if example.ids[-1:] == [end]:
+            return Encoded(example.ids, [*example.learned[:-1], True])
+        return Encoded([*example.ids, end], [*example.learned, True])
+    _require_template(tokenizer)
+    if _MARKED.search(_template_text(tokenizer)):
+        return _by_template(record, tokenizer)
+    return _tokenise(chat_spans(record, tokenizer), tokenizer, special=False)
+
+
+def prompt_ids(record: Record, tokenizer: Any) -> list[int]:
+    """The tokens after which generation starts: the prompt, or all but the last turn."""
+    if isinstance(record, Pair):
+        ids = _ids(record.prompt, tokenizer, special=True)
+        # Some tokenisers end every text; a prompt has to stay open.
+        return ids[:-1] if ids[1:] and ids[-1] == tokenizer.eos_token_id else ids
+    _require_template(tokenizer)
+    return _ids(_render(tokenizer, record.messages[:-1], True), tokenizer, special=False)
+
+
+def expected_text(record: Record) -> str:
+    """What generation should give after `prompt_ids`."""
+    return record.completion if isinstance(record, Pair) else record.messages[-1]["content"]
+
+
+def chat_spans(record: Chat, tokenizer: Any) -> list[Span]:
+    """The rendered conversation, cut where assistant turns begin and end.
+
+    A turn begins where the prompt for it ends, so its header is not learned; it ends where the
+    conversation up to it ends, so that the token which closes it is.
+
+    Raises:
+        DataError: the template does not render turns one after another.
+    """
+    whole = _render(tokenizer, record.messages, False)
+    spans, done = [], 0
+    for number, turn in enumerate(record.messages):
+        if turn["role"] != "assistant":
+            continue
+        before = _render(tokenizer, record.messages[:number], True)
+        upto = _render(tokenizer, record.messages[: number + 1], False)
+        if not (whole.startswith(before) and whole.startswith(upto) and len(before) < len(upto)):
+            raise DataError(
+                f"the chat template does not render turn {number + 1} by itself. Split the "
+                "conversation so that this turn is its last, or mark assistant turns in the "
+                "template with {% generation %}"
+            )
+        spans += [
+            Span(whole[done : len(before)], False),
+            Span(whole[len(before) : len(upto)], True),
+        ]
+        done = len(upto)
+    return [*spans, Span(whole[done:], False)]
+
+
+_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def _tokenise(spans: Sequence[Span], tokenizer: Any, special: bool) -> Encoded:
+    """The spans as one text if a token ends at every boundary, otherwise one by one."""
+    if tokenizer.is_fast:
+        text = "".join(span.text for span in spans)
+        coded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+        learned = _by_offsets(spans, coded["offset_mapping"])
+        if learned is not None:
+            return Encoded(list(coded["input_ids"]), learned)
+    ids: list[int] = []
+    flags: list[bool] = []
+    for number, span in enumerate(spans):
+        part = _ids(span.text, tokenizer, special and number == 0)
+        if special and number == 0 and part[1:] and part[-1] == tokenizer.eos_token_id:
+            part = part[:-1]
+        ids += part
+        flags += [span.learned] * len(part)
+    return Encoded(ids, flags)
+
+
+def _by_offsets(spans: Sequence[Span], offsets: Sequence[tuple[int, int]]) -> list[bool] | None:
+    """For each token whether it is learned, or None if one lies across a boundary."""
+    ends, position = [], 0
+    for span in spans:
+        position += len(span.text)
+        ends.append((position, span.learned))
+    learned, current = [], 0
+    for begin, end in offsets:
+        if begin == end:  # a special token that the tokeniser adds
+            learned.append(False)
+            continue
+        while begin >= ends[current][0]:
+            current += 1
+        if end > ends[current][0]:
+            return None
+        learned.append(ends[current][1])
+    return learned
+
+
+def _by_template(record: Chat, tokenizer: Any) -> Encoded:
+    coded = tokenizer.apply_chat_template(
+        list(record.messages), return_dict=True, return_assistant_tokens_mask=True
+    )
+    return Encoded(list(coded["input_ids"]), [bool(flag) for flag in coded["assistant_masks"]])
+
+
+def _ids(text: str, tokenizer: Any, special: bool) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+
+
+def _render(tokenizer: Any, messages: Sequence[dict[str, str]], is_open: bool) -> str:
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=is_open
+            )
+        )
+    except Exception as error:  # jinja's errors, raised by templates themselves, have no one root
+        raise DataError(
+            f"the chat template refuses the messages ({error}). Follow the order of roles that the "
+            "model was made for"
+        ) from error
+
+
+def _template_text(tokenizer: Any) -> str:
+    template = tokenizer.chat_template
+    return str(template.get("default", "")) if isinstance(template, dict) else str(template)
+
+
+def _require_template(tokenizer: Any) -> None:
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            "the tokeniser has no chat template. Write prompt/completion lines, or use the "
+            "instruction-tuned version of the model"
+        )

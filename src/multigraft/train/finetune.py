@@ -1,0 +1,189 @@
+"""The whole job on the user's own files: check, load, train, evaluate, save."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from multigraft.config import CONFIG_NAME, PeftConfig
+from multigraft.containers import check_name
+from multigraft.errors import DataError, TrainingError
+from multigraft.model import PeftModel
+from multigraft.train.data import BadLine, Chat, Record, read_jsonl, report
+from multigraft.train.encode import Encoded, encode, encode_one
+from multigraft.train.evaluate import Answer, answer, mean_loss, share_right
+from multigraft.train.lane import Lane
+from multigraft.train.load import attach, load_model, load_tokenizer, pad_token
+from multigraft.train.loop import OnStep, train
+from multigraft.train.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """One adapter on one base from one file.
+
+    Args:
+        model: the base model, a directory or an id on the hub.
+        data: JSONL file; see `multigraft.train.data`.
+        output: directory for the adapter; an adapter of another name than ``default`` goes into a
+            subfolder of that name.
+        config: what to graft, e.g. a `LoraConfig`.
+        recipe: how to train it.
+        adapter: its name.
+        eval_data: JSONL file to measure on, before and after.
+        max_length: longest example in tokens; longer ones are cut.
+        skip_bad: leave out lines that cannot be used, rather than stop.
+        overwrite: replace an adapter that lies in ``output`` already.
+    """
+
+    model: str
+    data: str
+    output: str
+    config: PeftConfig
+    recipe: Recipe = field(default_factory=Recipe)
+    adapter: str = "default"
+    eval_data: str | None = None
+    max_length: int = 1024
+    dtype: str = "auto"
+    device: str = "auto"
+    skip_bad: bool = False
+    overwrite: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """Where the adapter's own files go."""
+        root = Path(self.output)
+        return root if self.adapter == "default" else root / self.adapter
+
+    def prepare(self) -> Prepared:
+        """Everything that can fail before training does: files, data, model, targets.
+
+        Raises:
+            MultigraftError: whichever of them does not fit; the output is untouched.
+        """
+        check_name(self.adapter)
+        _check_output(self.folder, self.overwrite)
+        files = [self.data, *([self.eval_data] if self.eval_data else [])]
+        records = [read_jsonl(file) for file in files]
+        for read in records:
+            read.check(skip_bad=self.skip_bad)
+        tokenizer = load_tokenizer(self.model)
+        bad: list[BadLine] = [line for read in records for line in read.bad]
+        sets, cut = [], 0
+        for read in records:
+            coded = encode(read.good, tokenizer, self.max_length, read.file)
+            if coded.bad and not (self.skip_bad and coded.examples):
+                raise DataError(report(coded.bad, len(coded.examples)))
+            left_out = {line.line for line in coded.bad}
+            sets.append((coded.examples, [r for r in read.good if r.line not in left_out]))
+            bad += coded.bad
+            cut += coded.cut
+        base = load_model(self.model, dtype=self.dtype, device=self.device)
+        model = attach(base, self.config, self.adapter, self.recipe.seed)
+        lane = Lane(model, self.adapter, sets[0][0], self.recipe, pad_token(tokenizer))
+        held_out = Measure(*sets[1], tokenizer) if self.eval_data else None
+        return Prepared(self, model, tokenizer, lane, held_out, bad, cut)
+
+
+@dataclass
+class Measure:
+    """A held-out set, and how it is measured."""
+
+    examples: list[Encoded]
+    records: list[Record]
+    tokenizer: Any
+
+    def loss(self, model: PeftModel) -> float:
+        """Mean loss over the learned tokens."""
+        return mean_loss(model, self.examples, pad=pad_token(self.tokenizer))
+
+    def answers(self, model: PeftModel) -> list[Answer]:
+        """What the model writes for those records that end with something to write."""
+        asked = [r for r in self.records if _ends_with_answer(r)]
+        if not asked:
+            return []
+        longest = max(sum(encode_one(r, self.tokenizer).learned) for r in asked)
+        return answer(model, self.tokenizer, asked, max_new_tokens=longest + 8)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to; the evaluation's parts are None without ``eval_data``.
+
+    Args:
+        losses: of every step.
+        folder: where the adapter was saved.
+        eval_loss: before and after.
+        exact_match: before and after, from 0 to 1.
+    """
+
+    losses: list[float]
+    folder: Path
+    eval_loss: tuple[float, float] | None = None
+    exact_match: tuple[float, float] | None = None
+
+
+@dataclass
+class Prepared:
+    """A run that is ready to go.
+
+    Args:
+        bad: lines that are left out.
+        cut: how many examples were longer than ``max_length``.
+    """
+
+    job: FineTune
+    model: PeftModel
+    tokenizer: Any
+    lane: Lane
+    held_out: Measure | None
+    bad: Sequence[BadLine]
+    cut: int
+
+    def run(self, on_step: OnStep | None = None) -> Outcome:
+        """Train, evaluate, save.
+
+        Raises:
+            TrainingError: training diverged; nothing was saved.
+            CheckpointError: the disk refuses the adapter.
+        """
+        before = self._measure()
+        losses = train(self.model, self.lane, on_step)
+        after = self._measure()
+        self.model.save_pretrained(self.job.output, selected_adapters=[self.job.adapter])
+        if before is None or after is None:
+            return Outcome(losses, self.job.folder)
+        pairs = list(zip(before, after, strict=True))
+        return Outcome(losses, self.job.folder, pairs[0], pairs[1])
+
+    @property
+    def base(self) -> nn.Module:
+        """The base model."""
+        return self.model.get_base_model()
+
+    def _measure(self) -> tuple[float, float] | None:
+        if self.held_out is None:
+            return None
+        return self.held_out.loss(self.model), share_right(self.held_out.answers(self.model))
+
+
+def _ends_with_answer(record: Record) -> bool:
+    return not isinstance(record, Chat) or record.messages[-1]["role"] == "assistant"
+
+
+def _check_output(folder: Path, overwrite: bool) -> None:
+    if (folder / CONFIG_NAME).exists() and not overwrite:
+        raise TrainingError(
+            f"{folder} holds an adapter already. Choose another output directory or adapter name, "
+            "or allow it to be overwritten."
+        )
+    nearest = next(p for p in (folder, *folder.parents) if p.exists())
+    if not nearest.is_dir():
+        raise TrainingError(f"{nearest} is a file; the output must be a directory.")
+    if not os.access(nearest, os.W_OK):
+        raise TrainingError(f"{nearest} cannot be written to. Choose another output directory.")

@@ -1,0 +1,126 @@
+"""A lane: one adapter's training under way.
+
+Whatever a step depends on is in the lane or follows from its step number: several lanes can
+share one forward of the base, and a lane can be put down and taken up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from multigraft.errors import TrainingError
+from multigraft.model import PeftModel
+from multigraft.train.batches import Batch, Order, collate
+from multigraft.train.encode import Encoded
+from multigraft.train.recipe import Recipe
+
+
+class Lane:
+    """An adapter's parameters, optimiser, schedule, and place in its data.
+
+    Args:
+        model: the model that has the adapter.
+        adapter: its name.
+        examples: what it learns from.
+        recipe: how.
+        pad: token id for padding.
+
+    Raises:
+        AdapterNameError: there is no such adapter.
+        TrainingError: there are no examples, or nothing in the adapter can be trained.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        adapter: str,
+        examples: Sequence[Encoded],
+        recipe: Recipe,
+        pad: int = 0,
+    ) -> None:
+        model.roster.require(adapter)
+        if not examples:
+            raise TrainingError(f"adapter `{adapter}` has no examples to learn from.")
+        self.adapter = adapter
+        self.examples = examples
+        self.recipe = recipe
+        self.pad = pad
+        self.step = 0
+        self.steps = recipe.total_steps(len(examples))
+        self.order = Order(len(examples), recipe.seed)
+        self.parameters = adapter_parameters(model, adapter)
+        if not self.parameters:
+            raise TrainingError(f"adapter `{adapter}` has no floating-point tensors to train.")
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=recipe.lr, weight_decay=recipe.weight_decay
+        )
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every step has been made."""
+        return self.step >= self.steps
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the step that comes next."""
+        return self.recipe.lr_at(self.step, self.steps)
+
+    def batch(self) -> Batch:
+        """The batch of the step that comes next."""
+        size = self.recipe.batch_size
+        rows = self.order.slice(self.step * size, size)
+        return collate([self.examples[row] for row in rows], self.pad)
+
+    def update(self) -> float:
+        """One optimiser step on the gradients that are there; returns their norm before clipping.
+
+        Raises:
+            TrainingError: a gradient is not finite; the adapter was not changed.
+        """
+        limit = self.recipe.clip or float("inf")
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
+        if norm != norm or norm == float("inf"):
+            raise TrainingError(
+                f"adapter `{self.adapter}`, step {self.step + 1} of {self.steps}: the gradient is "
+                f"not finite. Lower the learning rate (={self.recipe.lr:g}), or train in float32."
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return norm
+
+
+def adapter_parameters(model: PeftModel, adapter: str) -> list[nn.Parameter]:
+    """The adapter's own trainable tensors, each once, by ownership rather than by name."""
+    found: dict[int, nn.Parameter] = {}
+    for _, graft in model.roster.grafts(adapter):
+        found |= {id(p): p for p in graft.parameters() if p.is_floating_point()}
+    return list(found.values())
+
+
+def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each row's learned tokens, summed in float32.
+
+    Args:
+        logits: ``(rows, tokens, vocabulary)``; those at a token predict the next one.
+        labels: ``(rows, tokens)``, `IGNORED` where nothing is learned.
+
+    Returns:
+        ``(rows,)``; rows of which nothing is learned have 0.
+    """
+    targets = labels[:, 1:]
+    rows, places = (targets >= 0).nonzero(as_tuple=True)
+    losses = nn.functional.cross_entropy(
+        logits[rows, places].float(), targets[rows, places], reduction="none"
+    )
+    return losses.new_zeros(len(labels)).index_add(0, rows, losses)
+
+
+def learned_tokens(labels: Tensor) -> int:
+    """How many tokens a batch's loss is the mean over."""
+    return int((labels[:, 1:] >= 0).sum())

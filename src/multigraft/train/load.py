@@ -1,0 +1,137 @@
+"""Base models and tokenisers from a directory or the hub, and the first adapter on them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from multigraft.auto import get_peft_model
+from multigraft.config import PeftConfig
+from multigraft.errors import CheckpointError, ConfigError, MissingExtraError, did_you_mean
+from multigraft.model import PeftModel
+from multigraft.train.loop import seeded
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of that name; ``"auto"`` is the first GPU, or else the CPU.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in DEVICES:
+        raise ConfigError(f"`device` (={name!r}) must be one of {', '.join(DEVICES)}, or cuda:N.")
+    device = torch.device(name)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"`device` (={name!r}) is not to be had here: {error}") from error
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype | str:
+    """The dtype of that name; ``"auto"`` is the checkpoint's own, and float32 on the CPU.
+
+    Raises:
+        ConfigError: there is no such name.
+    """
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    if name not in DTYPES:
+        known = ", ".join(("auto", *DTYPES))
+        raise ConfigError(
+            f"`dtype` (={name!r}) must be one of {known}.{did_you_mean(name, DTYPES)}"
+        )
+    return DTYPES[name]
+
+
+def load_model(
+    source: str | os.PathLike[str], *, dtype: str = "auto", device: str = "auto"
+) -> nn.Module:
+    """A causal language model in evaluation mode.
+
+    Args:
+        source: a directory, or an id on the hub.
+        dtype: ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, …
+
+    Raises:
+        CheckpointError: there is no such model, or it cannot be read.
+        ConfigError: the dtype or the device is not to be had.
+    """
+    place = pick_device(device)
+    kind = pick_dtype(dtype, place)
+    transformers = _transformers()
+    model = _fetch(source, "model", transformers.AutoModelForCausalLM.from_pretrained, dtype=kind)
+    model.to(place).eval()
+    return model
+
+
+def load_tokenizer(source: str | os.PathLike[str]) -> Any:
+    """The tokeniser beside a model.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    return _fetch(source, "tokeniser", _transformers().AutoTokenizer.from_pretrained)
+
+
+def attach(model: nn.Module, config: PeftConfig, adapter: str, seed: int = 0) -> PeftModel:
+    """Graft a new adapter whose initial values follow from ``seed`` alone.
+
+    Args:
+        model: a base model, or a `PeftModel`, beside whose adapters the new one goes.
+
+    Raises:
+        AdapterNameError, TargetError: as for `get_peft_model`; the model is as it was.
+    """
+    with seeded(seed, next(model.parameters()).device):
+        if isinstance(model, PeftModel):
+            model.add_adapter(adapter, config)
+            return model
+        return get_peft_model(model, config, adapter_name=adapter)
+
+
+def pad_token(tokenizer: Any) -> int:
+    """A token id for padding, which is masked everywhere: any will do where there is none."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
+
+
+def _fetch(source: str | os.PathLike[str], what: str, load: Any, **options: Any) -> Any:
+    name = os.fspath(source)
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.isabs(name)
+    if looks_local and not Path(name).expanduser().is_dir():
+        raise CheckpointError(f"{name}: there is no such directory to read a {what} from.")
+    try:
+        return load(os.path.expanduser(name) if looks_local else name, **options)
+    except (OSError, ValueError, KeyError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{name}: no {what} could be read from there ({first}). Give a directory that "
+            "save_pretrained() wrote, or the id of a causal language model on the hub."
+        ) from error
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtraError(
+            "fine-tuning needs transformers: pip install 'multigraft[train]'"
+        ) from error
+    return transformers
