@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 
@@ -17,6 +18,9 @@ from multigraft.errors import AdapterNameError, RoutingError, StateError, did_yo
 from multigraft.graft import Graft
 from multigraft.layer import AdaptedLayer
 from multigraft.routing import Route
+
+_LIVE: WeakKeyDictionary[nn.Module, ref[Roster]] = WeakKeyDictionary()
+"""Rosters by root; neither is kept alive."""
 
 
 class Roster:
@@ -28,6 +32,7 @@ class Roster:
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
+        _LIVE[root] = ref(self)
         self.configs: dict[str, PeftConfig] = {}
         self.layers: dict[str, list[AdaptedLayer]] = {}
         self.active: tuple[str, ...] = ()
@@ -37,6 +42,17 @@ class Roster:
         """Merged values that are out of the base while adapters are disabled."""
         self.thawed: list[nn.Parameter] = []
         """Base parameters that were trainable before the first adapter froze the base."""
+
+    @staticmethod
+    def of(root: nn.Module) -> Roster:
+        """The roster of this model: the one that handles to it hold, with or without adapters."""
+        known = _LIVE.get(root)
+        return (known() if known is not None else None) or Roster(root)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copied or unpickled roster is known as its own root's."""
+        self.__dict__.update(state)
+        _LIVE[self.root] = ref(self)
 
     def acting(self) -> tuple[str, ...]:
         """The adapters that forwards without a route use."""

@@ -38,18 +38,11 @@ class Tuner(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self._roster = roster_of(model, survey(model)) or Roster(model)
+        self.roster = roster_of(model, survey(model)) or Roster.of(model)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward, with whatever adapters act."""
         return self.model(*args, **kwargs)
-
-    @property
-    def roster(self) -> Roster:
-        """The one roster of this model, whichever handle grafted the adapters that are there."""
-        if not self._roster.configs:
-            self._roster = roster_of(self.model, survey(self.model)) or self._roster
-        return self._roster
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
