@@ -10,10 +10,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -103,7 +104,14 @@ class PeftConfig:
     def __post_init__(self) -> None:
         self.extra: dict[str, Any] = {}
         if self.peft_type is not None:
-            self.peft_type = PeftType(self.peft_type)
+            try:
+                self.peft_type = PeftType(self.peft_type)
+            except ValueError:
+                known = ", ".join(CONFIGS)
+                raise ConfigError(
+                    f"{type(self).__name__}: `peft_type` (={self.peft_type!r}) is no method of PEFT's "
+                    f"files. Built are: {known}.{did_you_mean(str(self.peft_type), CONFIGS)}"
+                ) from None
         if self.task_type is not None and self.task_type not in set(TaskType):
             known = ", ".join(t.value for t in TaskType)
             raise ConfigError(f"`task_type` (={self.task_type!r}) must be one of {known}, or None.")
@@ -221,7 +229,10 @@ class TargetedConfig(PeftConfig):
         self.modules_to_save = (
             [saved] if isinstance(saved, str) else _names("modules_to_save", saved)
         )  # type: ignore[assignment]
+        _check_indices(self.layers_to_transform)
         pattern = self.layers_pattern
+        for expression in [pattern] if isinstance(pattern, str) else pattern or []:
+            _check_regex("layers_pattern", expression)
         if pattern and self.layers_to_transform is None:
             raise ConfigError(
                 f"`layers_pattern` (={pattern!r}) needs `layers_to_transform`: the indices to adapt."
@@ -235,6 +246,44 @@ class TargetedConfig(PeftConfig):
                 )
         if isinstance(self.exclude_modules, str):
             _check_regex("exclude_modules", self.exclude_modules)
+
+
+@dataclass
+class RankedConfig(TargetedConfig):
+    """A config of a low-rank method: a rank and a scaling, with exceptions per site.
+
+    Args:
+        r: rank of the update.
+        alpha: the update is scaled by ``alpha / r``.
+        rank_pattern, alpha_pattern: exceptions per site, regular expressions to values.
+    """
+
+    r: int = 8
+    alpha: float = 8
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        where = type(self).__name__
+        self.rank_pattern = dict(self.rank_pattern or {})
+        self.alpha_pattern = dict(self.alpha_pattern or {})
+        for name, rank in [("r", self.r), *self.rank_pattern.items()]:
+            is_rank = isinstance(rank, int) and not isinstance(rank, bool) and rank > 0
+            require(is_rank, where, name, rank, "an integer of at least 1")
+        for name, alpha in [("alpha", self.alpha), *self.alpha_pattern.items()]:
+            is_alpha = isinstance(alpha, (int, float)) and math.isfinite(alpha)
+            require(is_alpha, where, name, alpha, "a finite number")
+
+    def rank_at(self, path: str) -> int:
+        """The rank of the site at this base path."""
+        rank: int = pattern_value(self.rank_pattern, path, self.r)
+        return rank
+
+    def alpha_at(self, path: str) -> float:
+        """The alpha of the site at this base path."""
+        alpha: float = pattern_value(self.alpha_pattern, path, self.alpha)
+        return alpha
 
 
 def pattern_value(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
@@ -251,10 +300,29 @@ def matching_pattern(patterns: Mapping[str, Any], path: str) -> str | None:
     return next((k for k in patterns if re.match(rf"(.*\.)?({k})$", path)), None)
 
 
+def check_patterns(where: str, name: str, patterns: Any) -> dict[str, Any]:
+    """A copy of a dictionary from regular expressions to values; None stands for an empty one.
+
+    Raises:
+        ConfigError: it is no dictionary, or a key is no regular expression.
+    """
+    is_table = patterns is None or isinstance(patterns, Mapping)
+    require(is_table, where, name, patterns, "a dictionary from module patterns to values")
+    for pattern in patterns or {}:
+        require(isinstance(pattern, str), where, name, patterns, "keyed by strings")
+        _check_regex(name, pattern)
+    return dict(patterns or {})
+
+
 def require(condition: bool, where: str, name: str, value: Any, required: str) -> None:
     """Raise `ConfigError` in the house form unless ``condition`` holds."""
     if not condition:
         raise ConfigError(f"{where}: `{name}` (={value!r}) must be {required}.")
+
+
+def require_probability(where: str, name: str, value: float) -> None:
+    """Raise `ConfigError` unless ``value`` is a probability below 1."""
+    require(0.0 <= value < 1.0, where, name, value, "at least 0 and below 1")
 
 
 def check_choice(where: str, name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -270,12 +338,21 @@ def _names(field_name: str, value: Any) -> Any:
     """A list of strings in a stable order, a string, or None."""
     if value is None or isinstance(value, str):
         return value
-    if isinstance(value, (set, frozenset)):
-        value = sorted(value)
-    names = list(value)
-    if not all(isinstance(n, str) and n for n in names):
-        raise ConfigError(f"`{field_name}` (={names!r}) must hold non-empty strings.")
-    return list(dict.fromkeys(names))
+    names = list(value) if isinstance(value, Iterable) else None
+    if names is None or not all(isinstance(n, str) and n for n in names):
+        raise ConfigError(
+            f"`{field_name}` (={value!r}) must be a list of non-empty strings, or a string."
+        )
+    return sorted(set(names)) if isinstance(value, (set, frozenset)) else list(dict.fromkeys(names))
+
+
+def _check_indices(value: Any) -> None:
+    indices = value if isinstance(value, (list, tuple, set)) else [] if value is None else [value]
+    for index in indices:
+        if not isinstance(index, int) or isinstance(index, bool) or index < 0:
+            raise ConfigError(
+                f"`layers_to_transform` (={value!r}) must hold indices of layers: integers from 0."
+            )
 
 
 def _check_regex(field_name: str, pattern: str) -> None:

@@ -6,6 +6,8 @@ so that a config without targets means the same adapter in both.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from multigraft.errors import TargetError, did_you_mean
@@ -14,7 +16,9 @@ _QV = ["q_proj", "v_proj"]
 _FUSED = ["query_key_value"]
 _BERT = ["query", "value"]
 
-LORA_TARGETS: dict[str, list[str] | str] = {
+Targets = Mapping[str, list[str] | str]
+
+LORA_TARGETS: Targets = {
     "bart": _QV,
     "bert": _BERT,
     "blip-2": ["q", "v", "q_proj", "v_proj"],
@@ -67,7 +71,7 @@ initialises these afresh, so a frozen one would be noise."""
 
 
 def default_targets(
-    model: nn.Module, table: dict[str, list[str] | str] = LORA_TARGETS
+    model: nn.Module, table: Targets = LORA_TARGETS, field: str = "target_modules"
 ) -> list[str] | str:
     """The usual targets of this model's architecture.
 
@@ -82,13 +86,13 @@ def default_targets(
     )
     if kind is None:
         raise TargetError(
-            "`target_modules` (=None) stands for an architecture's usual modules, but this model "
+            f"`{field}` (=None) stands for an architecture's usual modules, but this model "
             f"({type(model).__name__}) has no `config.model_type`. Name the modules, or use "
             '"all-linear".'
         )
     if kind not in table:
         raise TargetError(
-            f"`target_modules` (=None): no usual modules are known for `model_type` (={kind!r})."
+            f"`{field}` (=None): no usual modules are known for `model_type` (={kind!r})."
             f'{did_you_mean(kind, table)} Name the modules, or use "all-linear".'
         )
     return table[kind]

@@ -4,7 +4,8 @@
 
 Values are computed in float32 (float64 for float64 weights) and rounded once, into the storage's
 format. What the base held is kept, so that unmerge restores the very bits, whatever has happened
-to the adapters since; ``keep_original=False`` saves that memory and subtracts instead.
+to the adapters since; ``keep_original=False`` saves that memory and subtracts instead. Where a
+format is lossy, the error of quantising again is measured and reported.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from multigraft.graft import Graft
 from multigraft.layer import AdaptedLayer
 from multigraft.methods import Method
 from multigraft.methods.contract import Params
+from multigraft.requantisation import Loss, report
 from multigraft.roster import Roster
+from multigraft.storage import Storage, storage_of
 
 
 def merge(
@@ -30,12 +33,15 @@ def merge(
     *,
     safe: bool = False,
     keep_original: bool = True,
-) -> None:
+) -> list[Loss]:
     """Merge adapters (the active ones by default) at all their sites, or at none.
 
     Args:
         safe: also check the merged tensors, not only what is added, for NaN and infinity.
         keep_original: keep the base's tensors for an exact unmerge.
+
+    Returns:
+        What lossy storages lost, tensor by tensor; a warning names the largest.
 
     Raises:
         StateError: one of them is merged already; adapters are disabled; two replace one module.
@@ -46,7 +52,7 @@ def merge(
         names = [n for n in roster.active if n not in roster.merged]
         if not names:
             warnings.warn("no active adapter is left to merge.", MultigraftWarning, stacklevel=3)
-            return
+            return []
     names = roster.require(names)
     if not roster.enabled:
         raise StateError("adapters are disabled; leave disable_adapter() before merging.")
@@ -58,17 +64,20 @@ def merge(
     for layer in layers:
         _check(layer, incoming[id(layer)], keep_original)
     done: list[tuple[AdaptedLayer, list[Graft], dict[str, Any]]] = []
+    losses: list[Loss] = []
     try:
         for layer in layers:
             grafts = [g.snapshot() for g in incoming[id(layer)]]
             tensors = _tensor_names(layer, grafts)
-            before = {n: layer.storage.keep(layer.base_layer, n) for n in tensors}
+            before = {n: _storage(layer, n).keep(layer.base_layer, n) for n in tensors}
             done.append((layer, layer.merged_grafts, {"kept": dict(layer.kept), "values": before}))
-            _write(layer, grafts, before, safe, keep_original)
+            losses += _write(layer, grafts, before, safe, keep_original)
     except BaseException:
         for layer, grafts, state in reversed(done):
             _restore(layer, grafts, state)
         raise
+    report(losses)
+    return losses
 
 
 def unmerge(roster: Roster, names: Sequence[str] | None = None) -> None:
@@ -98,8 +107,8 @@ def unmerge_layer(layer: AdaptedLayer, names: Sequence[str] | None = None) -> No
     gone = set(layer.merged_adapters if names is None else names)
     leaving = [g for g in layer.merged_grafts if g.adapter in gone]
     staying = [g for g in layer.merged_grafts if g.adapter not in gone]
-    storage = layer.storage
     for tensor in _tensor_names(layer, leaving):
+        storage = _storage(layer, tensor)
         rest = [g for g in staying if tensor in _tensor_names(layer, [g])]
         if tensor not in layer.kept:
             value = _fresh(storage.read(layer.base_layer, tensor))
@@ -130,9 +139,9 @@ def hide(roster: Roster) -> list[tuple[AdaptedLayer, dict[str, Any]]]:
             )
     hidden = []
     for layer in layers:
-        state = {n: layer.storage.keep(layer.base_layer, n) for n in layer.kept}
+        state = {n: _storage(layer, n).keep(layer.base_layer, n) for n in layer.kept}
         for name, kept in layer.kept.items():
-            layer.storage.give_back(layer.base_layer, kept, name)
+            _storage(layer, name).give_back(layer.base_layer, kept, name)
         hidden.append((layer, state))
     return hidden
 
@@ -141,7 +150,7 @@ def show(hidden: Sequence[tuple[AdaptedLayer, dict[str, Any]]]) -> None:
     """Put back what `hide` took out."""
     for layer, state in hidden:
         for name, kept in state.items():
-            layer.storage.give_back(layer.base_layer, kept, name)
+            _storage(layer, name).give_back(layer.base_layer, kept, name)
 
 
 @torch.no_grad()
@@ -164,21 +173,24 @@ def merged_value(layer: AdaptedLayer, grafts: Sequence[Graft], name: str, own: T
 
 def _write(
     layer: AdaptedLayer, fresh: list[Graft], before: dict[str, Any], safe: bool, keep_original: bool
-) -> None:
+) -> list[Loss]:
     """Write one layer's merged tensors; the caller restores it when this fails.
 
     Args:
         fresh: what is merged now, beside what is merged already.
         before: what the storage held, by tensor name.
     """
-    storage, base = layer.storage, layer.base_layer
+    base = layer.base_layer
     grafts = [*layer.merged_grafts, *fresh]
+    losses = []
     for name, held in before.items():
+        storage = _storage(layer, name)
         if name in layer.kept:
             own = storage.read_kept(base, layer.kept[name], name)
             value = merged_value(layer, grafts, name, own)
         else:
-            value = merged_value(layer, fresh, name, storage.read(base, name))
+            own = storage.read(base, name)
+            value = merged_value(layer, fresh, name, own)
         if safe and not torch.isfinite(value).all():
             raise ValueError(
                 f"{layer.path}: merging {[g.adapter for g in fresh]} gives NaN or infinity in "
@@ -187,8 +199,12 @@ def _write(
         if keep_original:
             layer.kept.setdefault(name, held)
         storage.write(base, value, name)
+        if not storage.is_exact:
+            where, stored = f"{layer.path}.{name}", storage.read(base, name)
+            losses.append(Loss.of(where, storage.name, own, value, stored))
     layer.merged_grafts = grafts
     layer.replan()
+    return losses
 
 
 def _check(layer: AdaptedLayer, grafts: Sequence[Graft], keep_original: bool) -> None:
@@ -212,10 +228,21 @@ def _check(layer: AdaptedLayer, grafts: Sequence[Graft], keep_original: bool) ->
                     "was merged. Retrain the adapter or load a good checkpoint."
                 )
     for name in _tensor_names(layer, grafts):
-        reason = layer.storage.refusal(layer.base_layer, name)
+        storage = _storage(layer, name)
+        reason = storage.refusal(layer.base_layer, name)
         if reason:
             raise UnsupportedError(f"{layer.path}: cannot merge: {reason}.")
+        if not (storage.is_exact or keep_original):
+            raise UnsupportedError(
+                f"{layer.path}: cannot merge with keep_original=False: `{name}` is quantised "
+                f"({storage.name}), and subtracting would round a second time."
+            )
     layer.plan_for(layer.roster.acting(), [*layer.merged_grafts, *grafts])
+
+
+def _storage(layer: AdaptedLayer, name: str) -> Storage:
+    """How this tensor is stored: a quantised layer's bias is as plain as any other."""
+    return storage_of(layer.base_layer, name)
 
 
 def _tensor_names(layer: AdaptedLayer, grafts: Sequence[Graft]) -> list[str]:
@@ -270,13 +297,10 @@ def _mapped(layer: AdaptedLayer, graft: Graft, name: str, value: Tensor) -> Tens
     assert geometry is not None
     params = _as(value.dtype, graft.params)
     if name == "bias":
-        return method.output(params, value)
-    M = geometry.as_matrix(layer.base_layer, value)
-    # y = W m(x) with m linear: W' = W M, and a pull-back of m gives each row of W times M.
-    probe = torch.zeros_like(M)
-    _, pull, *_ = torch.func.vjp(lambda x: method.input(params, x), probe)
-    (M,) = pull(M)
-    return geometry.from_matrix(layer.base_layer, method.output(params, M.T).T).contiguous()
+        return method.output(params, method.as_output_bias(value)).reshape(value.shape)
+    value = geometry.fold_input(layer.base_layer, value, lambda x: method.input(params, x))
+    value = geometry.fold_output(layer.base_layer, value, lambda y: method.output(params, y))
+    return value.contiguous()
 
 
 def _fresh(tensor: Tensor) -> Tensor:
@@ -292,7 +316,7 @@ def _as(dtype: torch.dtype, params: Params) -> dict[str, Tensor]:
 def _restore(layer: AdaptedLayer, grafts: list[Graft], state: dict[str, Any]) -> None:
     """Put one layer back to what it was before a merge that failed."""
     for name, value in state["values"].items():
-        layer.storage.give_back(layer.base_layer, value, name)
+        _storage(layer, name).give_back(layer.base_layer, value, name)
     layer.kept.clear()
     layer.kept.update(state["kept"])
     layer.merged_grafts = grafts

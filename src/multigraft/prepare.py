@@ -64,8 +64,7 @@ class Prepared:
         scions = []
         shared = self._grow_shared(given, autocast, on_meta)
         for need, method in self.parts:
-            keys = self._keys(need, method)
-            found = {name: given[key] for name, (key, _) in keys.items() if key in given}
+            found = self._given_to(need, method, given) if given else {}
             graft = Graft(self.adapter, method, shared if need.method is self.main else None)
             if method.kind == "replace":
                 module = method.module()
@@ -74,7 +73,7 @@ class Prepared:
                 scions.append(Scion(need.spot, graft, module=module))
                 continue
             where = _dtype_and_device(need.site, autocast, on_meta)
-            scions.append(Scion(need.spot, graft, grow(method, *where, found)))
+            scions.append(Scion(need.spot, graft, grow(graft, *where, found)))
         return scions
 
     @property
@@ -100,6 +99,13 @@ class Prepared:
         saved = self._shared_saved().items()
         found = {name: given[key] for name, spec in saved if (key := spec.on_disk or name) in given}
         return grow_shared(self.main, self.config, self.main_sites, *where, found)
+
+    def _given_to(
+        self, need: Need, method: Method, given: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Those of ``given`` that belong to one graft, by name in memory."""
+        keys = self._keys(need, method)
+        return {name: given[key] for name, (key, _) in keys.items() if key in given}
 
     def _keys(self, need: Need, method: Method) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name in memory to (key on disk, shape), for what is saved."""
@@ -129,6 +135,7 @@ def prepare(
         TargetError: the config does not fit this model.
     """
     config = config.copy()
+    METHODS[str(config.peft_type)].complete(config, model)
     spots = survey(model)
     needs = find(model, config, spots, lenient=lenient)
     main = [n for n in needs if n.method.name == str(config.peft_type)]

@@ -94,7 +94,7 @@ def _targets(
 ) -> list[Spot]:
     wanted = config.target_modules
     if wanted is None:
-        wanted = default_targets(model)
+        wanted = default_targets(model, METHODS[str(config.peft_type)].default_targets)
     _check_layers(config, spots, lenient)
     if wanted == "all-linear":
         found = _all_linear(model, config, spots)
@@ -231,7 +231,8 @@ def _site(spot: Spot, method: type[Method], parameter: str | None = None) -> Sit
             raise TargetError(f"{where}: {reason}")
     # While adapters are merged, the base's own tensors are what its wrapper kept of them.
     kept = spot.wrapper.kept if spot.wrapper is not None else {}
-    return Site(spot.path, layer, geometry, storage_of(layer), parameter, kept)
+    storage = storage_of(layer, parameter or "weight")
+    return Site(spot.path, layer, geometry, storage, parameter, kept)
 
 
 def _bypass(spot: Spot) -> str | None:

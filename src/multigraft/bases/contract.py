@@ -6,12 +6,13 @@ laid out (Conv1D stores it transposed, an embedding is a lookup); no method ever
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from multigraft.registry import TypeRegistry, qualified_name
+from multigraft.registry import TypeRegistry
 
 
 class Geometry:
@@ -32,8 +33,8 @@ class Geometry:
     def understands(self, layer: nn.Module) -> bool:
         """Whether the layer runs the forward that this geometry describes, not one of its own."""
         for cls in type(layer).__mro__:
-            if GEOMETRIES.find(cls) is self and qualified_name(cls) in dict(GEOMETRIES.items()):
-                return True
+            if cls in GEOMETRIES:
+                return GEOMETRIES.find(cls) is self
             if "forward" in vars(cls):
                 return False
         return False
@@ -77,6 +78,17 @@ class Geometry:
     def from_matrix(self, layer: nn.Module, M: Tensor) -> Tensor:
         """The inverse of `as_matrix`: a matrix ``(out, in)`` back in the weight's own layout."""
         return M
+
+    def fold_input(self, layer: nn.Module, W: Tensor, map_: Callable[[Tensor], Tensor]) -> Tensor:
+        """The weight ``W'`` with ``W' x = W map_(x)``, for a map that is linear in the input."""
+        # y = W m(x) with m linear: W' = W M, and a pull-back of m gives each row of W times M.
+        M = self.as_matrix(layer, W)
+        _, pull, *_ = torch.func.vjp(map_, torch.zeros_like(M))
+        return self.from_matrix(layer, pull(M)[0])
+
+    def fold_output(self, layer: nn.Module, W: Tensor, map_: Callable[[Tensor], Tensor]) -> Tensor:
+        """The weight ``W'`` with ``W' x = map_(W x)``, for a map that is linear in the output."""
+        return self.from_matrix(layer, map_(self.as_matrix(layer, W).T).T)
 
     def feature_axis(self, layer: nn.Module) -> int:
         """The axis of the *output* that runs over the layer's ``out`` features."""

@@ -69,8 +69,29 @@ class Conv(Geometry):
         shape = cast(Any, layer).weight.shape
         return M.reshape(shape)
 
+    def fold_input(self, layer: nn.Module, W: Tensor, map_: Callable[[Tensor], Tensor]) -> Tensor:
+        """For maps that act on channels alike everywhere: a kernel is then an input of its own."""
+        groups = cast(Any, layer).groups
+        blocks = W.unflatten(0, (groups, -1))
+        wide = torch.stack([_in_channels(b, g, groups) for g, b in enumerate(blocks)])
+        _, pull, *_ = torch.func.vjp(map_, torch.zeros_like(wide.flatten(0, 1)))
+        (wide,) = pull(wide.flatten(0, 1))
+        parts = wide.unflatten(0, (groups, -1)).unbind()
+        size = W.shape[1]
+        return torch.cat([p[:, g * size : (g + 1) * size] for g, p in enumerate(parts)])
+
+    def fold_output(self, layer: nn.Module, W: Tensor, map_: Callable[[Tensor], Tensor]) -> Tensor:
+        return map_(W.transpose(0, 1)).transpose(0, 1)
+
     def feature_axis(self, layer: nn.Module) -> int:
         return -1 - len(cast(Any, layer).kernel_size)
+
+
+def _in_channels(block: Tensor, group: int, groups: int) -> Tensor:
+    """A group's kernels ``(out/groups, in/groups, k...)`` over all input channels, zero elsewhere."""
+    wide = block.new_zeros((block.shape[0], block.shape[1] * groups, *block.shape[2:]))
+    wide[:, group * block.shape[1] : (group + 1) * block.shape[1]] = block
+    return wide
 
 
 def _convolve(conv: Any, x: Tensor, W: Tensor, groups: int) -> Tensor:

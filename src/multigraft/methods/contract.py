@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from multigraft.bases import Geometry
 from multigraft.config import CONFIGS, PeftConfig
+from multigraft.defaults import LORA_TARGETS, Targets
 from multigraft.registry import Registry
 from multigraft.site import Site
 
@@ -55,7 +56,8 @@ class Method:
     name: ClassVar[str]
     prefix: ClassVar[str]
     """How the names of its tensors begin, e.g. ``"lora_"``; other packages filter on it."""
-    kind: ClassVar[Literal["additive", "map", "replace"]] = "additive"
+    kind: Literal["additive", "map", "replace"] = "additive"
+    """Its nature; a method whose nature depends on the site sets it on the instance."""
     needs_weight: bool = False
     """Whether `delta` reads the base weight's values; a class's or an instance's trait."""
     needs_base: bool = False
@@ -68,10 +70,20 @@ class Method:
     geometries: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d_transposed"})
     """Names of the geometries that it can act on."""
 
+    default_targets: ClassVar[Targets] = LORA_TARGETS
+    """What ``target_modules=None`` means, by architecture."""
+
     rank: int = 0
     alpha: float = 0.0
     scaling: float = 1.0
     dropout: float = 0.0
+    """Probability that an element of the adapter's input is dropped in training."""
+    rank_dropout: float = 0.0
+    """Probability that an output feature of the contribution is dropped in training."""
+    rank_dropout_scale: bool = True
+    """Whether the features that stay are scaled up for those that go."""
+    module_dropout: float = 0.0
+    """Probability that the whole contribution is dropped in training."""
 
     def __init__(self, site: Site, config: Any) -> None:
         self.site = site
@@ -82,6 +94,10 @@ class Method:
         """How the site's layer is shaped."""
         assert self.site.geometry is not None, "sites.find checks the method's geometries"
         return self.site.geometry
+
+    @classmethod
+    def complete(cls, config: Any, model: nn.Module) -> None:
+        """Fill what depends on the model's architecture into the model's own copy of a config."""
 
     @classmethod
     def shared_specs(cls, config: Any, sites: Sequence[Site]) -> dict[str, TensorSpec]:
@@ -109,7 +125,9 @@ class Method:
         W = self.site.weight() if self.needs_weight else None
         dtype = next(iter(params.values())).dtype
         delta = self.delta(params, None if W is None else W.to(dtype))
-        y = self.geometry.run(self.site.layer, x, delta.to(x.dtype) if x.is_floating_point() else delta)
+        y = self.geometry.run(
+            self.site.layer, x, delta.to(x.dtype) if x.is_floating_point() else delta
+        )
         bias = self.delta_bias(params)
         return y if bias is None else y + self.as_output_bias(bias.to(y.dtype))
 
@@ -122,9 +140,22 @@ class Method:
             y: the output so far, of the base layer and of adapters before this one.
             base: the base layer's own output, when `needs_base`.
         """
-        if self.dropout and training:
+        if not training:
+            return y + self.apply(params, x).to(y.dtype)
+        if self.module_dropout and torch.rand(1) <= self.module_dropout:
+            return y
+        if self.dropout:
             x = torch.nn.functional.dropout(x, self.dropout)
-        return y + self.apply(params, x).to(y.dtype)
+        own = self.apply(params, x).to(y.dtype)
+        return y + (self._drop_features(own) if self.rank_dropout else own)
+
+    def _drop_features(self, own: Tensor) -> Tensor:
+        """Leave out whole output features, that is, rows of ΔW."""
+        _, out = self.geometry.sizes(self.site.layer)
+        stays = (torch.rand(out) > self.rank_dropout).to(own)
+        if self.rank_dropout_scale:
+            stays = stays / stays.mean().clamp_min(1 / out)
+        return own * self.as_output_bias(stays)
 
     def as_output_bias(self, bias: Tensor) -> Tensor:
         """A bias ``(out,)`` in the shape that broadcasts over the layer's output."""

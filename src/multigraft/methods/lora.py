@@ -21,6 +21,7 @@ from multigraft.config import (
     PeftType,
     TargetedConfig,
     check_choice,
+    check_patterns,
     pattern_value,
     require,
 )
@@ -106,22 +107,32 @@ class LoraConfig(TargetedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         where = "LoraConfig"
-        self.rank_pattern = dict(self.rank_pattern or {})
-        self.alpha_pattern = dict(self.alpha_pattern or {})
-        for name, rank in [("r", self.r), *self.rank_pattern.items()]:
+        self.rank_pattern = check_patterns(where, "rank_pattern", self.rank_pattern)
+        self.alpha_pattern = check_patterns(where, "alpha_pattern", self.alpha_pattern)
+        for name, rank in _entries("r", self.r, "rank_pattern", self.rank_pattern):
             is_rank = isinstance(rank, int) and not isinstance(rank, bool) and rank > 0
             require(is_rank, where, name, rank, "an integer of at least 1")
-        for name, alpha in [("lora_alpha", self.lora_alpha), *self.alpha_pattern.items()]:
+        for name, alpha in _entries(
+            "lora_alpha", self.lora_alpha, "alpha_pattern", self.alpha_pattern
+        ):
             is_alpha = isinstance(alpha, (int, float)) and math.isfinite(alpha)
             require(is_alpha, where, name, alpha, "a finite number")
         p = self.lora_dropout
-        require(0.0 <= p < 1.0, where, "lora_dropout", p, "at least 0 and below 1")
+        is_share = isinstance(p, (int, float)) and 0.0 <= p < 1.0
+        require(is_share, where, "lora_dropout", p, "a number of at least 0 and below 1")
         check_choice(where, "bias", self.bias, ("none", "all", "lora_only"))
         if self.init_lora_weights not in (True, False, "gaussian"):
             raise UnsupportedError(
                 f"LoraConfig: `init_lora_weights` (={self.init_lora_weights!r}) must be True, False "
                 'or "gaussian". Other initialisations of PEFT are not built yet.'
             )
+
+
+def _entries(
+    name: str, value: Any, pattern_name: str, patterns: Mapping[str, Any]
+) -> list[tuple[str, Any]]:
+    """A field and its exceptions per site, each by the name that an error gives it."""
+    return [(name, value), *((f"{pattern_name}[{k!r}]", v) for k, v in patterns.items())]
 
 
 @method("LORA", config=LoraConfig, paper="arXiv:2106.09685")
@@ -167,11 +178,11 @@ class LoRA(Method):
             if init == "gaussian":
                 nn.init.normal_(A, std=1 / self.rank)
             else:
-                nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+                _kaiming(A)
             if init is False:
-                nn.init.kaiming_uniform_(B, a=math.sqrt(5))
+                _kaiming(B)
             else:
-                nn.init.zeros_(B)
+                B.zero_()
         if self.bias:
             nn.init.zeros_(params[self.bias])
         if self.variant is not None:
@@ -215,3 +226,9 @@ class LoRA(Method):
 
     def delta_bias(self, params: Params) -> Tensor | None:
         return params[self.bias] * self.scaling if self.bias else None
+
+
+def _kaiming(tensor: Tensor) -> None:
+    """Kaiming uniform with ``a = sqrt(5)``, as `nn.Linear` does: the bound is 1 / sqrt(fan in)."""
+    bound = 1 / math.sqrt(max(1, tensor[0].numel()))
+    tensor.uniform_(-bound, bound)

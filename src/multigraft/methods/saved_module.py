@@ -10,10 +10,14 @@ to it, so that each adapter still contributes its own change of the base and not
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from torch import nn
 
+from multigraft.errors import TargetError
 from multigraft.methods.contract import Method, Params, TensorSpec, method
+from multigraft.site import Site
+from multigraft.storage import storage_of
 
 
 @method("SAVED_MODULE", config=None, paper="PEFT's `modules_to_save`")
@@ -23,6 +27,15 @@ class SavedModule(Method):
     prefix = "modules_to_save"
     kind = "replace"
     batchable = True
+
+    def __init__(self, site: Site, config: Any) -> None:
+        super().__init__(site, config)
+        if not site.storage.is_exact:
+            raise TargetError(
+                f"`modules_to_save`: {site.path} ({type(site.layer).__name__}) is quantised "
+                f"({site.storage.name}), and a quantised copy cannot be trained. Keep this module "
+                "out of the quantisation, or adapt it with `target_modules`."
+            )
 
     def tensors(self) -> dict[str, TensorSpec]:
         state = self.site.layer.state_dict()
@@ -34,6 +47,6 @@ class SavedModule(Method):
     def module(self) -> nn.Module:
         twin = copy.deepcopy(self.site.layer)
         for name, kept in self.site.kept.items():
-            self.site.storage.give_back(twin, kept, name)
+            storage_of(twin, name).give_back(twin, kept, name)
         twin.requires_grad_(True)
         return twin
