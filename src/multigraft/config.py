@@ -29,7 +29,7 @@ FORMAT_VERSION = "0.21.2"
 
 
 class PeftType(str, Enum):
-    """Names of methods in files, as PEFT spells them; a registered method of one's own joins them."""
+    """Names of methods in files, as PEFT spells them; registered methods of one's own join them."""
 
     LORA = "LORA"
     ADALORA = "ADALORA"
@@ -109,8 +109,8 @@ class PeftConfig:
             except ValueError:
                 known = ", ".join(CONFIGS)
                 raise ConfigError(
-                    f"{type(self).__name__}: `peft_type` (={self.peft_type!r}) is no method of PEFT's "
-                    f"files. Built are: {known}.{did_you_mean(str(self.peft_type), CONFIGS)}"
+                    f"{type(self).__name__}: `peft_type` (={self.peft_type!r}) is no method of "
+                    f"PEFT's files. Built are: {known}.{did_you_mean(str(self.peft_type), CONFIGS)}"
                 ) from None
         if self.task_type is not None and self.task_type not in set(TaskType):
             known = ", ".join(t.value for t in TaskType)
@@ -228,21 +228,21 @@ class TargetedConfig(PeftConfig):
         saved = self.modules_to_save
         self.modules_to_save = (
             [saved] if isinstance(saved, str) else _names("modules_to_save", saved)
-        )  # type: ignore[assignment]
+        )
         _check_indices(self.layers_to_transform)
         pattern = self.layers_pattern
         for expression in [pattern] if isinstance(pattern, str) else pattern or []:
             _check_regex("layers_pattern", expression)
         if pattern and self.layers_to_transform is None:
             raise ConfigError(
-                f"`layers_pattern` (={pattern!r}) needs `layers_to_transform`: the indices to adapt."
+                f"`layers_pattern` (={pattern!r}) needs indices in `layers_to_transform`."
             )
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             _check_regex("target_modules", self.target_modules)
             if self.layers_to_transform is not None:
                 raise ConfigError(
                     "`layers_to_transform` cannot be combined with a regular expression in "
-                    f"`target_modules` (={self.target_modules!r}): put the indices in the expression."
+                    f"`target_modules` (={self.target_modules!r}): put the indices into it."
                 )
         if isinstance(self.exclude_modules, str):
             _check_regex("exclude_modules", self.exclude_modules)

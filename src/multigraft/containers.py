@@ -68,7 +68,8 @@ class AdapterDict(nn.Module):
         found = self._modules.get(name)
         if found is None:
             found = self._modules[name] = Leaf()
-            found.training = self.training
+            if not self.training:
+                found.training = False
         assert isinstance(found, Leaf)
         return found
 

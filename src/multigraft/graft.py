@@ -33,13 +33,13 @@ class Graft:
     through their owners at each use, because conversions and sharding replace them there.
     """
 
-    __slots__ = ("_specs", "adapter", "method", "owners", "shared", "stand_in")
+    __slots__ = ("adapter", "method", "owners", "own_specs", "shared", "stand_in")
 
     def __init__(self, adapter: str, method: Method, shared: Shared | None = None) -> None:
         self.adapter = adapter
         self.method = method
         self.shared = shared
-        self._specs = method.tensors() | (shared.specs if shared else {})
+        self.own_specs = method.tensors()
         self.owners: dict[str, tuple[nn.Module, str]] = {}
         self.stand_in: nn.Module | None = None
 
@@ -59,7 +59,7 @@ class Graft:
 
     def specs(self) -> dict[str, TensorSpec]:
         """What the method declares; for a stand-in, what the module holds."""
-        return self._specs
+        return self.own_specs if self.shared is None else self.own_specs | self.shared.specs
 
     def saved(self) -> Iterator[tuple[str, Tensor]]:
         """Pairs of the name on disk (relative to the site's path) and the tensor."""
@@ -86,18 +86,19 @@ class Graft:
 
 
 def grow(
-    method: Method, dtype: torch.dtype, device: torch.device, given: Params | None = None
+    graft: Graft, dtype: torch.dtype, device: torch.device, given: Params | None = None
 ) -> dict[str, Tensor]:
-    """Make a method's tensors: ``given`` ones are taken as they are, the others initialised.
+    """Make a graft's own tensors: ``given`` ones are taken as they are, the others initialised.
 
-    When everything is given, nothing is initialised and no random number is drawn.
+    When everything is given, nothing is initialised and no random number is drawn. The caller has
+    switched gradients off, once for all its sites.
 
     Returns:
         Names to parameters (buffers where the method says so), on ``device``.
     """
     given = given or {}
     tensors: dict[str, Tensor] = {}
-    for name, spec in method.tensors().items():
+    for name, spec in graft.own_specs.items():
         kind = spec.dtype or dtype
         if name in given:
             value = given[name].to(device=device, dtype=kind)
@@ -107,10 +108,13 @@ def grow(
         if not spec.buffer:
             value = nn.Parameter(value, requires_grad=spec.trainable and value.is_floating_point())
         tensors[name] = value
-    if any(name not in given for name in tensors):
+    if device.type == "meta":
+        return tensors
+    if not given:
+        graft.method.reset(tensors)
+    elif len(given) < len(tensors):
         fresh = {name: t for name, t in tensors.items() if name not in given}
-        with torch.no_grad():
-            method.reset(tensors if not given else _Masked(tensors, fresh))
+        graft.method.reset(_Masked(tensors, fresh))
     return tensors
 
 

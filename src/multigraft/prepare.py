@@ -54,6 +54,7 @@ class Prepared:
         }
         return shapes | {spec.on_disk or n: spec.shape for n, spec in self._shared_saved().items()}
 
+    @torch.no_grad()
     def grow(self, given: Mapping[str, Tensor], autocast: bool, on_meta: bool) -> list[Scion]:
         """Make every tensor; ``given`` maps keys on disk to values that are taken over.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
+from weakref import WeakKeyDictionary
 
 from multigraft.errors import UnsupportedError, did_you_mean
 
@@ -64,6 +65,8 @@ class TypeRegistry(Generic[T]):
     def __init__(self, what: str) -> None:
         self.what = what
         self._items: dict[str, T] = {}
+        # Looked up for every module of a model; weak, since parametrised layers have own classes.
+        self._found: WeakKeyDictionary[type, T | None] = WeakKeyDictionary()
 
     def register(self, *types: type | str) -> Callable[[T], T]:
         """Decorator: the decorated thing serves these types and their subclasses."""
@@ -74,6 +77,7 @@ class TypeRegistry(Generic[T]):
                 if name in self._items:
                     raise ValueError(f"{self.what} for `{name}` is registered already")
                 self._items[name] = item
+            self._found.clear()
             return item
 
         return add
@@ -82,14 +86,21 @@ class TypeRegistry(Generic[T]):
         """Forget these types; unknown ones are ignored."""
         for cls in types:
             self._items.pop(cls if isinstance(cls, str) else qualified_name(cls), None)
+        self._found.clear()
 
     def find(self, cls: type) -> T | None:
         """What serves ``cls`` or its nearest registered base class, or ``None``."""
-        for base in cls.__mro__:
-            item = self._items.get(qualified_name(base))
-            if item is not None:
-                return item
-        return None
+        try:
+            return self._found[cls]
+        except KeyError:
+            names = (qualified_name(base) for base in cls.__mro__)
+            found = next((self._items[name] for name in names if name in self._items), None)
+            self._found[cls] = found
+            return found
+
+    def __contains__(self, cls: object) -> bool:
+        """Whether ``cls`` itself is registered, and not only one of its base classes."""
+        return isinstance(cls, type) and qualified_name(cls) in self._items
 
     def items(self) -> list[tuple[str, T]]:
         """All pairs, in order of registration."""

@@ -6,32 +6,31 @@ sites finds the same ones however many adapters there are, and can never find an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from multigraft.errors import NestingError
 from multigraft.layer import AdaptedLayer
-from multigraft.registry import qualified_name
+from multigraft.registry import TypeRegistry, qualified_name
 
 TRANSPARENT = frozenset(
     {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 )
 """Child names through which wrappers of torch hold the real module; they are no part of a path."""
 
-TRANSPARENT_TYPES = frozenset(
-    {
-        "torch._dynamo.eval_frame.OptimizedModule",
-        "torch.nn.parallel.distributed.DistributedDataParallel",
-        "torch.nn.parallel.data_parallel.DataParallel",
-        "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel",
-        "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper",
-    }
-)
-FOREIGN_ADAPTERS = frozenset(
-    {"peft.tuners.tuners_utils.BaseTunerLayer", "peft.utils.other.AuxiliaryTrainingWrapper"}
-)
+TRANSPARENT_TYPES: TypeRegistry[bool] = TypeRegistry("transparent wrapper")
+TRANSPARENT_TYPES.register(
+    "torch._dynamo.eval_frame.OptimizedModule",
+    "torch.nn.parallel.distributed.DistributedDataParallel",
+    "torch.nn.parallel.data_parallel.DataParallel",
+    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel",
+    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper",
+)(True)
+FOREIGN_ADAPTERS: TypeRegistry[bool] = TypeRegistry("foreign adapter")
+FOREIGN_ADAPTERS.register(
+    "peft.tuners.tuners_utils.BaseTunerLayer", "peft.utils.other.AuxiliaryTrainingWrapper"
+)(True)
 
 
 @dataclass(eq=False)
@@ -70,7 +69,9 @@ def survey(model: nn.Module) -> list[Spot]:
         )
     _refuse_foreign(model, "the given model")
     spots: dict[int, Spot] = {}
-    for path, parent, name, module in _children(model, ""):
+    children: list[Child] = []
+    _collect(model, "", children)
+    for path, parent, name, module in children:
         wrapper = module if isinstance(module, AdaptedLayer) else None
         layer = wrapper.base_layer if wrapper is not None else module
         _refuse_foreign(layer, path)
@@ -90,31 +91,37 @@ def adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
     return [s.wrapper for s in survey(model) if s.wrapper is not None]
 
 
-def _children(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
-    """(base path, parent, name, child) depth first; not below adapted layers."""
-    is_transparent = qualified_name(type(module)) in TRANSPARENT_TYPES
+Child = tuple[str, nn.Module, str, nn.Module]
+"""Base path, parent, name there, module."""
+
+
+def _collect(module: nn.Module, prefix: str, found: list[Child]) -> None:
+    """Append what is below ``module``, depth first; not what is below adapted layers."""
+    is_transparent = TRANSPARENT_TYPES.find(type(module))
     for name, child in module._modules.items():
         if child is None:
             continue
         if is_transparent and name in TRANSPARENT:
-            yield from _children(child, prefix)
+            _collect(child, prefix, found)
             continue
         path = f"{prefix}{name}"
-        yield from _yield_one(path, module, name, child)
+        parent, name, child = _seen_through(module, name, child)
+        found.append((path, parent, name, child))
+        if child._modules and not isinstance(child, AdaptedLayer):
+            _collect(child, f"{path}.", found)
 
 
-def _yield_one(
-    path: str, parent: nn.Module, name: str, child: nn.Module
-) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
-    inner = child
-    while qualified_name(type(inner)) in TRANSPARENT_TYPES:
-        held = next((n for n in inner._modules if n in TRANSPARENT), None)
-        if held is None:
+def _seen_through(
+    parent: nn.Module, name: str, child: nn.Module
+) -> tuple[nn.Module, str, nn.Module]:
+    """The child without transparent wrappers around it, and where that hangs."""
+    while TRANSPARENT_TYPES.find(type(child)):
+        held = next((n for n in child._modules if n in TRANSPARENT), None)
+        inner = child._modules[held] if held is not None else None
+        if held is None or inner is None:
             break
-        parent, name, inner = inner, held, inner._modules[held]  # type: ignore[assignment]
-    yield path, parent, name, inner
-    if not isinstance(inner, AdaptedLayer):
-        yield from _children(inner, f"{path}.")
+        parent, name, child = child, held, inner
+    return parent, name, child
 
 
 def _refuse_nested(wrapper: AdaptedLayer, path: str) -> None:
@@ -132,10 +139,9 @@ def _refuse_nested(wrapper: AdaptedLayer, path: str) -> None:
 
 
 def _refuse_foreign(layer: nn.Module, path: str) -> None:
-    for cls in type(layer).__mro__:
-        if qualified_name(cls) in FOREIGN_ADAPTERS:
-            raise NestingError(
-                f"{path} carries an adapter of another library ({qualified_name(type(layer))}); "
-                "grafting onto it would nest one adapter in another. Unload that adapter first "
-                "(for PEFT: model = model.unload()), or load its checkpoint with Multigraft."
-            )
+    if FOREIGN_ADAPTERS.find(type(layer)):
+        raise NestingError(
+            f"{path} carries an adapter of another library ({qualified_name(type(layer))}); "
+            "grafting onto it would nest one adapter in another. Unload that adapter first "
+            "(for PEFT: model = model.unload()), or load its checkpoint with Multigraft."
+        )

@@ -186,7 +186,9 @@ class Quickstart:
     def promises(self) -> list[Promise]:
         """What the quick start claims, each held against what was found."""
         structure, scores, reloaded = self.structure(), self.scores, self.reloaded
-        assert scores is not None and reloaded is not None, "evaluate and save_and_reload come first"
+        assert scores is not None and reloaded is not None, (
+            "evaluate and save_and_reload come first"
+        )
         own = [scores.table[t.name, t.name] for t in self.tasks]
         base = scores.row(BASE, self.tasks)
         side_by_side = all(

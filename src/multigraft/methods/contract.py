@@ -14,8 +14,7 @@ It writes no merge, dispatch, cast, device move or state-dict key: those exist o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +28,7 @@ from multigraft.site import Site
 Params = Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """One tensor of an adapter at a site.
 
     Args:

@@ -123,8 +123,8 @@ class LoraConfig(TargetedConfig):
         check_choice(where, "bias", self.bias, ("none", "all", "lora_only"))
         if self.init_lora_weights not in (True, False, "gaussian"):
             raise UnsupportedError(
-                f"LoraConfig: `init_lora_weights` (={self.init_lora_weights!r}) must be True, False "
-                'or "gaussian". Other initialisations of PEFT are not built yet.'
+                f"LoraConfig: `init_lora_weights` (={self.init_lora_weights!r}) must be True, "
+                'False or "gaussian". Other initialisations of PEFT are not built yet.'
             )
 
 

@@ -2,18 +2,33 @@
 
 from torch import nn
 
-from multigraft.storage import dense
-from multigraft.storage.contract import STORAGES, Storage
+from multigraft.storage import bnb4, bnb8, dense, hooked, parametrised, torchao
+from multigraft.storage.contract import STORAGES, Storage, holder
 
-__all__ = ["STORAGES", "Storage", "dense", "storage_of"]
+__all__ = [
+    "STORAGES",
+    "Storage",
+    "bnb4",
+    "bnb8",
+    "dense",
+    "holder",
+    "hooked",
+    "parametrised",
+    "storage_of",
+    "torchao",
+]
 
 
-def storage_of(layer: nn.Module) -> Storage:
-    """The storage that serves this layer: its weight's type first, then the layer's own.
+def storage_of(layer: nn.Module, name: str = "weight") -> Storage:
+    """The storage that serves this tensor of this layer: the tensor's own type first.
 
     A plain tensor says nothing about the layer, so there the layer's type may still name a format.
+    Other tensors than the weight (a quantised layer's bias) are plain in every format.
     """
-    found = STORAGES.find(type(getattr(layer, "weight", None)))
+    found = STORAGES.find(type(holder(layer, name)))
     if found is not None and found is not dense.DENSE:
         return found
+    if name != "weight":
+        weight = storage_of(layer)
+        return weight if weight is dense.FOREIGN else dense.DENSE
     return STORAGES.find(type(layer)) or dense.plain(layer)

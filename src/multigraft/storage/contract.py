@@ -2,6 +2,9 @@
 
 A storage sees neither adapter nor wrapper. `keep` and `give_back` are what makes unmerge exact:
 whatever the format, the kept state restores the very bits.
+
+A new format is one file: a subclass of `Storage`, and one `STORAGES.register` line that names the
+type of the tensor (or of whatever holds it, see `holder`), else of the layer.
 """
 
 from __future__ import annotations
@@ -15,22 +18,31 @@ from multigraft.registry import TypeRegistry
 
 
 class Storage:
-    """How one kind of weight is stored. Stateless; every call names the layer and the tensor."""
+    """How one kind of tensor is stored. Stateless; every call names the layer and the tensor."""
 
     name: ClassVar[str]
     is_exact: ClassVar[bool] = True
-    """Whether reading after writing gives the written values, up to the stored dtype's rounding."""
+    """Whether reading after writing gives the written values, up to the stored dtype's rounding.
+    Where it does not, merging measures and reports the difference."""
 
     def refusal(self, layer: nn.Module, name: str = "weight") -> str | None:
-        """Why this layer's tensor cannot be written, or ``None`` when it can."""
+        """Why this layer's tensor cannot be written, and what to do; ``None`` when it can."""
         return None
 
     def read(self, layer: nn.Module, name: str = "weight") -> Tensor:
-        """The dense values in the layer's own layout; never written to, so no copy is needed."""
+        """The dense values in the layer's own layout, in a dtype that one can compute in.
+
+        Never written to, so no copy is needed. It may cost (a 4-bit weight is dequantised): a
+        forward of a plain additive adapter never calls it.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define `read`")
 
     def write(self, layer: nn.Module, value: Tensor, name: str = "weight") -> None:
-        """Store ``value`` in place, in the layer's own format, rounding once."""
+        """Store ``value``, in the layer's own format, rounding once; in place where shapes allow.
+
+        Raises:
+            ValueError: the format cannot hold a value; nothing was written.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define `write`")
 
     def keep(self, layer: nn.Module, name: str = "weight") -> Any:
@@ -38,11 +50,11 @@ class Storage:
         raise NotImplementedError(f"{type(self).__name__} must define `keep`")
 
     def read_kept(self, layer: nn.Module, kept: Any, name: str = "weight") -> Tensor:
-        """What `read` gave when ``kept`` was kept."""
+        """What `read` gave when ``kept`` was kept, on the device where the layer is now."""
         raise NotImplementedError(f"{type(self).__name__} must define `read_kept`")
 
     def give_back(self, layer: nn.Module, kept: Any, name: str = "weight") -> None:
-        """Restore exactly what `keep` saw."""
+        """Restore exactly what `keep` saw; ``kept`` stays good."""
         raise NotImplementedError(f"{type(self).__name__} must define `give_back`")
 
     def compute_dtype(self, layer: nn.Module) -> torch.dtype | None:
@@ -51,4 +63,31 @@ class Storage:
 
 
 STORAGES: TypeRegistry[Storage] = TypeRegistry("storage")
-"""Formats by the type of the weight first, then of the layer; a new format is one file."""
+"""Formats by the type of what holds the tensor first, then of the layer."""
+
+
+def holder(layer: nn.Module, name: str = "weight") -> Any:
+    """What holds this tensor, whose type names its storage; ``None`` when nothing below does.
+
+    The parameter itself, the list of its parametrisations, or the hook that computes it before
+    each forward. Nothing is computed to find out: reading a parametrised weight can change its
+    buffers.
+    """
+    parameter = layer._parameters.get(name)
+    if parameter is not None:
+        return parameter
+    parametrisations = layer._modules.get("parametrizations")
+    if isinstance(parametrisations, nn.ModuleDict) and name in parametrisations:
+        return parametrisations[name]
+    hooks = layer._forward_pre_hooks.values()
+    return next((hook for hook in hooks if getattr(hook, "name", None) == name), None)
+
+
+def refill(old: Tensor | None, new: Tensor) -> Tensor:
+    """``new``'s values in ``old``'s memory where they fit, else a copy on ``old``'s device.
+
+    In place, so that addresses held elsewhere stay good.
+    """
+    if old is not None and old.shape == new.shape and old.dtype == new.dtype:
+        return old.copy_(new)
+    return new.clone() if old is None else new.to(old.device, copy=True)

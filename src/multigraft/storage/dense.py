@@ -1,5 +1,6 @@
-"""Plain tensors: float32, bfloat16, float16, float64.
+"""Plain tensors: float64, float32, bfloat16, float16, and the 8-bit floats.
 
+8-bit floats are stored and never computed in: they read as float32, and adapters take that dtype.
 Layers whose forward is not the registered class's own (an unknown subclass) are read but never
 written: nobody knows what their forward does with the weight.
 """
@@ -15,6 +16,9 @@ from multigraft.bases.contract import geometry_of
 from multigraft.registry import qualified_name
 from multigraft.storage.contract import STORAGES, Storage
 
+NARROW = frozenset({torch.float16, torch.float8_e4m3fn, torch.float8_e5m2})
+"""Dtypes that a merged weight could leave; bfloat16 has float32's range."""
+
 
 class Dense(Storage):
     """A floating-point parameter that is exactly what it looks like."""
@@ -23,7 +27,11 @@ class Dense(Storage):
 
     def refusal(self, layer: nn.Module, name: str = "weight") -> str | None:
         if name not in layer._parameters:
-            return f"`{name}` of {type(layer).__name__} is not a plain parameter (parametrised?)"
+            return (
+                f"`{name}` of {type(layer).__name__} is not a plain parameter but computed from "
+                "others (pruning, a custom hook), so what is written there would be lost; make it "
+                "plain first, or keep the adapter"
+            )
         parameter = layer._parameters[name]
         if parameter is None or not parameter.is_floating_point():
             return f"`{name}` of {type(layer).__name__} is not a floating-point tensor"
@@ -34,26 +42,38 @@ class Dense(Storage):
     def read(self, layer: nn.Module, name: str = "weight") -> Tensor:
         # Through the attribute, so that a parametrised weight reads as what the forward uses.
         tensor: Tensor = getattr(layer, name)
-        return tensor.detach()
+        return _computable(tensor.detach())
 
     def write(self, layer: nn.Module, value: Tensor, name: str = "weight") -> None:
+        parameter = _parameter(layer, name)
         with torch.no_grad():
-            _parameter(layer, name).copy_(value)
+            if parameter.dtype in NARROW:
+                limit = torch.finfo(parameter.dtype).max
+                largest = float(value.abs().amax()) if value.numel() else 0.0
+                if largest > limit:
+                    raise ValueError(
+                        f"`{name}` would hold {largest:.3g}, and {parameter.dtype} ends at "
+                        f"{limit:.3g}; convert the base to bfloat16 or float32 first"
+                    )
+            parameter.copy_(value)
 
     def keep(self, layer: nn.Module, name: str = "weight") -> Any:
         return _parameter(layer, name).detach().clone()
 
     def read_kept(self, layer: nn.Module, kept: Any, name: str = "weight") -> Tensor:
         tensor: Tensor = kept
-        return tensor.to(getattr(layer, name).device)
+        return _computable(tensor.to(_parameter(layer, name).device))
 
     def give_back(self, layer: nn.Module, kept: Any, name: str = "weight") -> None:
         # The model may have moved since; in place, so that addresses held elsewhere stay good.
-        self.write(layer, kept, name)
+        with torch.no_grad():
+            _parameter(layer, name).copy_(kept)
 
     def compute_dtype(self, layer: nn.Module) -> torch.dtype | None:
         weight = getattr(layer, "weight", None)
-        return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else None
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            return None
+        return weight.dtype if weight.dtype.itemsize > 1 else None
 
 
 class Foreign(Dense):
@@ -78,6 +98,10 @@ def plain(layer: nn.Module) -> Storage:
     """`Dense`, unless the layer's class overrides the forward that its geometry knows."""
     geometry = geometry_of(layer)
     return DENSE if geometry is None or geometry.understands(layer) else FOREIGN
+
+
+def _computable(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype.itemsize > 1 else tensor.float()
 
 
 def _parameter(layer: nn.Module, name: str) -> nn.Parameter:

@@ -39,7 +39,9 @@ class DoRA(Variant):
         if lora.config.lora_bias:
             return "`use_dora` cannot be combined with `lora_bias`; leave one of them out"
         groups = getattr(lora.site.layer, "groups", 1)
-        return f"`use_dora` needs a convolution with `groups` 1, not {groups}" if groups > 1 else None
+        return (
+            f"`use_dora` needs a convolution with `groups` 1, not {groups}" if groups > 1 else None
+        )
 
     def tensors(self, lora: Method) -> dict[str, TensorSpec]:
         _, out = lora.geometry.sizes(lora.site.layer)

@@ -1,0 +1,62 @@
+"""The verbs in one application, and errors as one line without a traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+import multigraft
+from multigraft.cli.quickstart import quickstart
+from multigraft.cli.quiet import hush
+from multigraft.cli.train import train
+from multigraft.errors import MultigraftError
+
+app = typer.Typer(
+    name="multigraft",
+    help="Many adapters, one frozen base, side by side.",
+    epilog="Start with: multigraft quickstart",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command; its exit code."""
+    hush()
+    try:
+        app(args=list(arguments), prog_name="multigraft")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(bool(end.code))
+    except MultigraftError as error:
+        print(f"multigraft: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"multigraft: {error.filename or 'the system'}: {error.strerror}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"multigraft {multigraft.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Many adapters, one frozen base, side by side."""
+
+
+app.command()(quickstart)
+app.command()(train)

@@ -1,0 +1,23 @@
+"""Other libraries' chatter, kept off the screen: it would break the progress display."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+TALKERS = ("torchao", "torch.utils._pytree", "transformers", "huggingface_hub")
+
+
+def hush() -> None:
+    """Let only errors of other libraries through, and none of their progress bars.
+
+    ``MULTIGRAFT_VERBOSE=1`` lets everything through.
+    """
+    if os.environ.get("MULTIGRAFT_VERBOSE"):
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in TALKERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers.utils import logging as chatter
+
+    chatter.disable_progress_bar()

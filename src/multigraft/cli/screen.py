@@ -1,0 +1,101 @@
+"""What the verbs draw with: headings, live progress, trees; plain lines where no terminal is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.tree import Tree
+
+from multigraft.inspect import Node, Structure, outline
+from multigraft.train import OnStep, Progress
+
+PLAIN_LINES = 10
+"""How many lines a run of one adapter prints where there is no terminal."""
+PLAIN_WIDTH = 120
+"""Columns where there is no terminal that has a width of its own."""
+
+
+def screen() -> Console:
+    """The console for results, on standard output."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
+
+
+def heading(console: Console, title: str) -> None:
+    """A title with room above it."""
+    console.print(f"\n[bold]{escape(title)}[/]\n")
+
+
+def tree(structure: Structure) -> Tree:
+    """The outline of a structure, drawn."""
+    return _grow(outline(structure), None)
+
+
+@contextmanager
+def live(console: Console, adapters: Sequence[str]) -> Iterator[OnStep]:
+    """A callback for training that shows where each of these adapters is."""
+    if not console.is_terminal:
+        yield _plain(console)
+        return
+    bars = Bars(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[facts]}"),
+        TimeElapsedColumn(),
+        console=console,
+    )
+    with bars:
+        rows: dict[str, TaskID] = {
+            name: bars.add_task(name, start=False, total=None, facts="waiting") for name in adapters
+        }
+
+        def show(now: Progress) -> None:
+            row = rows[now.adapter]
+            bars.start_task(row)
+            bars.update(row, total=now.steps, completed=now.step, facts=_facts(now))
+            if now.step == now.steps:
+                bars.stop_task(row)
+
+        yield show
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: ``8 s``, ``2 min 05 s``, ``1 h 20 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _facts(now: Progress) -> str:
+    left = "" if now.step == now.steps else f"  {duration(now.seconds_left)} left"
+    return f"loss {now.loss:.4f}  {now.tokens_per_second:,.0f} tokens/s{left}"
+
+
+def _plain(console: Console) -> OnStep:
+    def show(now: Progress) -> None:
+        each = max(1, now.steps // PLAIN_LINES)
+        if now.step == 1 or now.step % each == 0 or now.step == now.steps:
+            console.print(
+                f"{now.adapter}: step {now.step}/{now.steps}  {_facts(now)}",
+                markup=False,
+            )
+
+    return show
+
+
+def _grow(node: Node, parent: Tree | None) -> Tree:
+    style = "bold" if node.children else "cyan"
+    label = f"[{style}]{escape(node.label)}[/]  [dim]{escape(node.note)}[/]"
+    branch = Tree(label, guide_style="dim") if parent is None else parent.add(label)
+    for child in node.children:
+        _grow(child, branch)
+    return branch

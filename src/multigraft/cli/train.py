@@ -1,0 +1,151 @@
+"""``multigraft train``: one adapter on your own base model, from your own file."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from multigraft import LoraConfig
+from multigraft.cli.screen import duration, heading, live, screen
+from multigraft.train import SCHEDULES, FineTune, Outcome, Recipe
+
+
+def train(
+    model: Annotated[str, typer.Option(help="Base model: a directory, or an id on the hub.")],
+    data: Annotated[
+        str, typer.Option(help="JSONL of `prompt`/`completion` or of chat `messages` lines.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the adapter.")],
+    adapter_name: Annotated[
+        str, typer.Option(help="Its name; one other than `default` gets a subfolder.")
+    ] = "default",
+    r: Annotated[int, typer.Option(help="Rank of the low-rank update.")] = 16,
+    alpha: Annotated[
+        float | None, typer.Option(help="The update is scaled by alpha / r. [default: twice r]")
+    ] = None,
+    dropout: Annotated[float, typer.Option(help="Dropout of the adapter's input.")] = 0.0,
+    target_modules: Annotated[
+        str, typer.Option(help="Names, separated by commas; or one regular expression.")
+    ] = "all-linear",
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 3.0,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps, in place of epochs.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples in a step.")] = 8,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-4,
+    schedule: Annotated[str, typer.Option(help=f"One of {', '.join(SCHEDULES)}.")] = "cosine",
+    warmup: Annotated[
+        float, typer.Option(help="Share of the steps, or from 1 on their number.")
+    ] = 0.05,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = 0.0,
+    max_length: Annotated[int, typer.Option(min=2, help="Longer examples are cut.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Initial values, order and dropout.")] = 0,
+    eval_data: Annotated[
+        str | None, typer.Option(help="JSONL to measure on, before and after.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of the base: auto, float32, bfloat16 or float16.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")] = "auto",
+    skip_bad_lines: Annotated[
+        bool, typer.Option("--skip-bad-lines", help="Leave unusable lines out.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an adapter that is there already.")
+    ] = False,
+) -> None:
+    """Fine-tune a LoRA adapter on prompt/completion or chat data; the base stays as it is.
+
+    Lines look like `{"prompt": "…", "completion": "…"}`, used as they stand, or like
+    `{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}`, which
+    go through the tokeniser's chat template. Loss is on the completion and the assistant's turns.
+
+    Example: `multigraft train --model Qwen/Qwen3-0.6B --data pairs.jsonl --output my-adapter`
+    """
+    job = FineTune(
+        model=model,
+        data=data,
+        output=str(output),
+        config=LoraConfig(
+            r=r,
+            lora_alpha=2 * r if alpha is None else alpha,
+            lora_dropout=dropout,
+            target_modules=_targets(target_modules),
+            task_type="CAUSAL_LM",
+        ),
+        recipe=Recipe(
+            epochs=epochs,
+            steps=steps,
+            batch_size=batch_size,
+            lr=lr,
+            schedule=schedule,
+            warmup=warmup,
+            weight_decay=weight_decay,
+            seed=seed,
+        ),
+        adapter=adapter_name,
+        eval_data=eval_data,
+        max_length=max_length,
+        dtype=dtype,
+        device=device,
+        skip_bad=skip_bad_lines,
+        overwrite=overwrite,
+    )
+    console, start = screen(), time.monotonic()
+    outcome = _run(console, job)
+    _summary(console, job, outcome, time.monotonic() - start)
+
+
+def _targets(text: str) -> list[str] | str:
+    """A list of names when there are only names and commas in it, otherwise an expression."""
+    names = [name.strip() for name in text.split(",")]
+    if text != "all-linear" and all(name.replace("_", "").isalnum() for name in names):
+        return names
+    return text
+
+
+def _run(console: Console, job: FineTune) -> Outcome:
+    with console.status("Reading the data and loading the base model"):
+        ready = job.prepare()
+    trainable, total = ready.model.get_nb_trainable_parameters()
+    heading(console, f"Training `{job.adapter}` on {job.model}")
+    console.print(
+        f"{len(ready.lane.examples):,} examples, {ready.lane.steps:,} steps of "
+        f"{job.recipe.batch_size}; {trainable:,} trainable of {total:,} parameters"
+    )
+    for line in ready.bad:
+        console.print(f"[yellow]left out[/] {escape(str(line))}")
+    if ready.cut:
+        console.print(
+            f"[yellow]{ready.cut} examples are longer than {job.max_length} tokens and were cut[/]"
+        )
+    console.print()
+    with live(console, [job.adapter]) as on_step:
+        return ready.run(on_step)
+
+
+def _summary(console: Console, job: FineTune, outcome: Outcome, seconds: float) -> None:
+    heading(console, "Summary")
+    last = outcome.losses[-10:]
+    console.print(
+        f"loss         {outcome.losses[0]:.4f} at the first step, {sum(last) / len(last):.4f} as "
+        f"the mean of the last {len(last)}"
+    )
+    if outcome.eval_loss is not None and outcome.exact_match is not None:
+        before, after = outcome.eval_loss
+        console.print(f"held-out     loss {before:.4f} before, {after:.4f} after")
+        before, after = outcome.exact_match
+        console.print(f"exact match  {before:.1%} before, {after:.1%} after")
+    console.print(f"time         {duration(seconds)}")
+    console.print(f"saved in     {escape(str(outcome.folder))}")
+    heading(console, "Load it")
+    console.print(
+        "from multigraft import PeftModel  # or: from peft import PeftModel\n"
+        f"base = transformers.AutoModelForCausalLM.from_pretrained({job.model!r})\n"
+        f"model = PeftModel.from_pretrained(base, {str(outcome.folder)!r})",
+        markup=False,
+        soft_wrap=True,
+    )
