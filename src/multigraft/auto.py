@@ -53,8 +53,8 @@ def get_peft_model(
     """
     if not isinstance(peft_config, PeftConfig):
         raise UnsupportedError(
-            f"`peft_config` (={type(peft_config).__name__}) must be a config of Multigraft, such as "
-            "multigraft.LoraConfig. Change the import of the config as well."
+            f"`peft_config` (={type(peft_config).__name__}) must be a config of Multigraft, such "
+            "as multigraft.LoraConfig. Change the import of the config as well."
         )
     if revision is not None:
         peft_config = peft_config.copy()

@@ -137,7 +137,7 @@ def save_card(directory: Path, config: PeftConfig, method: str) -> None:
     lines = ["---", *([f"base_model: {base}"] if base else []), "library_name: peft", "tags:"]
     lines += [f"- {method.lower()}", "- multigraft", "---", "", f"# {method} adapter", ""]
     lines += [
-        f"An adapter for `{base or 'an unnamed base model'}`, saved by Multigraft in PEFT's format.",
+        f"An adapter for `{base or 'an unnamed base'}`, saved by Multigraft in PEFT's format.",
         "",
     ]
     try:
@@ -212,8 +212,8 @@ def locate(
         from huggingface_hub import hf_hub_download
     except ImportError as error:
         raise MissingExtraError(
-            f"`{source}` is no local directory, and fetching it from the hub needs huggingface_hub: "
-            "pip install 'multigraft[train]'."
+            f"`{source}` is no local directory, and fetching it from the hub needs "
+            "huggingface_hub: pip install 'multigraft[train]'."
         ) from error
     known = ("revision", "token", "cache_dir", "local_files_only", "force_download", "repo_type")
     options = {k: v for k, v in hub.items() if k in known and v is not None}

@@ -2,7 +2,7 @@
 
     MultigraftError
     ├── ConfigError (ValueError)        a config that cannot mean anything
-    ├── TargetError (ValueError)        a config that means nothing, or the wrong thing, on this model
+    ├── TargetError (ValueError)        a config that means nothing, or the wrong thing, on a model
     ├── AdapterNameError (ValueError)   a name that exists already, is unknown, or breaks a path
     ├── NestingError (ValueError)       a graft on a graft
     ├── StateError (RuntimeError)       an operation that the present state forbids

@@ -33,7 +33,7 @@ class Graft:
     through their owners at each use, because conversions and sharding replace them there.
     """
 
-    __slots__ = ("adapter", "method", "owners", "own_specs", "shared", "stand_in")
+    __slots__ = ("adapter", "method", "own_specs", "owners", "shared", "stand_in")
 
     def __init__(self, adapter: str, method: Method, shared: Shared | None = None) -> None:
         self.adapter = adapter
@@ -146,7 +146,7 @@ def grow_shared(
     return Shared(specs, leaf)
 
 
-class _Masked(dict):  # type: ignore[type-arg]
+class _Masked(dict):
     """All tensors for reading shapes, but writes to the given ones land in a throw-away copy."""
 
     def __init__(self, tensors: dict[str, Tensor], fresh: dict[str, Tensor]) -> None:

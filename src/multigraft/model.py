@@ -211,7 +211,7 @@ class PeftModel(nn.Module):
         """Print the counts of `get_nb_trainable_parameters` and their ratio in per cent."""
         trainable, total = self.get_nb_trainable_parameters()
         share = 100 * trainable / total if total else 0.0
-        print(
+        print(  # noqa: T201 (printing is what this method of PEFT is for)
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}"
         )
 
@@ -248,8 +248,8 @@ class PeftModel(nn.Module):
         """
         if not safe_serialization:
             raise CheckpointError(
-                "`safe_serialization` (=False): Multigraft writes safetensors only; pickles can run "
-                "code when they are read. Leave it at True: PEFT reads these files."
+                "`safe_serialization` (=False): Multigraft writes safetensors only; pickles can "
+                "run code when they are read. Leave it at True: PEFT reads these files."
             )
         names = self.roster.require(
             self.roster.names() if selected_adapters is None else selected_adapters

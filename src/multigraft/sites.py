@@ -247,8 +247,10 @@ def _bypass(spot: Spot) -> str | None:
 
 
 def _saved(config: TargetedConfig, spots: Sequence[Spot], lenient: bool) -> list[Need]:
-    """`modules_to_save`, module by module: a container is saved through its leaves, so that other
-    adapters can still act on each of them."""
+    """`modules_to_save`, module by module.
+
+    A container is saved through its leaves, so that other adapters can still act on each of them.
+    """
     wanted = config.modules_to_save
     if not wanted:
         return []

@@ -16,7 +16,7 @@ from multigraft.registry import TypeRegistry
 
 
 class Geometry:
-    """How one kind of layer is shaped. ``in_``/``out`` are the sizes of the matrix it stands for."""
+    """How one kind of layer is shaped; ``in_``/``out`` are sizes of the matrix it stands for."""
 
     name: ClassVar[str]
     is_linear: ClassVar[bool] = False
@@ -40,7 +40,7 @@ class Geometry:
         return False
 
     def factor_shapes(self, layer: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of A and B; ``(rank, in)`` and ``(out, rank)`` unless the layer is not a matrix."""
+        """Shapes of A and B; ``(rank, in)`` and ``(out, rank)`` where the layer is a matrix."""
         in_, out = self.sizes(layer)
         return (rank, in_), (out, rank)
 
@@ -95,8 +95,10 @@ class Geometry:
         return -1
 
     def input_dtype(self, x: Tensor, A: Tensor) -> torch.dtype:
-        """The dtype in which the low-rank path is computed: the input's, so that the small
-        factors are cast and never the activations."""
+        """The dtype in which the low-rank path is computed.
+
+        It is the input's, so that the small factors are cast and never the activations.
+        """
         return x.dtype if x.is_floating_point() else A.dtype
 
 

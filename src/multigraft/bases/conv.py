@@ -1,6 +1,6 @@
 """Convolutions: A is a convolution with the base's own kernel, B a 1x1 convolution.
 
-    ΔW[o, i, k...] = Σ_r B[o, r] A[r, i, k...]        A: (rank, in, k...)   B: (out, rank/groups, 1...)
+    ΔW[o, i, k...] = Σ_r B[o, r] A[r, i, k...]      A: (rank, in, k...)  B: (out, rank/groups, 1...)
 
 With ``groups`` g the base sees ``in/g`` channels per group. PEFT's layout is kept: A is dense over
 all input channels, B is grouped. Such an update reaches weights that a grouped kernel does not
@@ -88,7 +88,7 @@ class Conv(Geometry):
 
 
 def _in_channels(block: Tensor, group: int, groups: int) -> Tensor:
-    """A group's kernels ``(out/groups, in/groups, k...)`` over all input channels, zero elsewhere."""
+    """A group's kernels ``(out/groups, in/groups, k...)`` over all input channels, zero else."""
     wide = block.new_zeros((block.shape[0], block.shape[1] * groups, *block.shape[2:]))
     wide[:, group * block.shape[1] : (group + 1) * block.shape[1]] = block
     return wide

@@ -44,7 +44,7 @@ class TransposedLinear(Linear):
     is_transposed = True
 
     def sizes(self, layer: nn.Module) -> tuple[int, int]:
-        in_, out = layer.weight.shape  # type: ignore[union-attr, misc]
+        in_, out = layer.weight.shape  # type: ignore[misc]
         return int(in_), int(out)
 
     def run(self, layer: nn.Module, x: Tensor, W: Tensor) -> Tensor:

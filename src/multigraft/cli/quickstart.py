@@ -39,8 +39,9 @@ def quickstart(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    changed = {"steps": steps, "heldout": heldout}
-    recipe = dataclasses.replace(RECIPE, **{k: v for k, v in changed.items() if v is not None})
+    recipe = dataclasses.replace(
+        RECIPE, steps=steps or RECIPE.steps, heldout=heldout or RECIPE.heldout
+    )
     job = Quickstart(output, seed, recipe, base)
     console = screen()
     start = time.monotonic()

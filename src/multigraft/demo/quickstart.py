@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multigraft import train
+from multigraft import train as training
 from multigraft.demo import RECIPE, TASKS, Recipe, Task, examples, model_path
 from multigraft.inspect import Structure, describe
 from multigraft.methods.lora import LoraConfig
 from multigraft.model import PeftModel
-from multigraft.routing import BASE
+from multigraft.routing import BASE as BASE
 
 ABOVE = 0.90
 """Exact match that each adapter has to exceed on its own task."""
@@ -106,24 +106,24 @@ class Quickstart:
     @cached_property
     def tokenizer(self) -> Any:
         """The base model's tokeniser."""
-        return train.load_tokenizer(self.base)
+        return training.load_tokenizer(self.base)
 
     @cached_property
     def model(self) -> PeftModel:
         """The base with one new adapter per task, all of them over every linear layer."""
-        model: Any = train.load_model(self.base, dtype=self.recipe.dtype, device="cpu")
+        model: Any = training.load_model(self.base, dtype=self.recipe.dtype, device="cpu")
         for task in self.tasks:
-            model = train.attach(model, self._config(), task.name, self.seed)
+            model = training.attach(model, self._config(), task.name, self.seed)
         return model
 
-    def train(self, task: Task, on_step: train.OnStep | None = None) -> list[float]:
+    def train(self, task: Task, on_step: training.OnStep | None = None) -> list[float]:
         """Train the task's adapter; the loss of every step."""
         recipe = self._train_recipe()
         rows = examples(task, "train", self.recipe.steps * self.recipe.batch, TRAIN_SEED)
-        coded = train.encode(train.pairs(rows), self.tokenizer, 512)
-        pad = train.pad_token(self.tokenizer)
-        lane = train.Lane(self.model, task.name, coded.examples, recipe, pad)
-        return train.train(self.model, lane, on_step)
+        coded = training.encode(training.pairs(rows), self.tokenizer, 512)
+        pad = training.pad_token(self.tokenizer)
+        lane = training.Lane(self.model, task.name, coded.examples, recipe, pad)
+        return training.train(self.model, lane, on_step)
 
     def structure(self) -> Structure:
         """What hangs where, with every adapter active, so that their sum is what acts."""
@@ -134,9 +134,9 @@ class Quickstart:
 
         All of them share batches: each row names the adapter that it wants.
         """
-        records = train.pairs(examples(task, "heldout", self.recipe.heldout, HELD_OUT_SEED))
+        records = training.pairs(examples(task, "heldout", self.recipe.heldout, HELD_OUT_SEED))
         adapters = [BASE, *(t.name for t in self.tasks)]
-        answers = train.answer(
+        answers = training.answer(
             self.model,
             self.tokenizer,
             [record for _ in adapters for record in records],
@@ -146,7 +146,7 @@ class Quickstart:
         )
         count = len(records)
         found = {
-            name: train.share_right(answers[n * count : (n + 1) * count])
+            name: training.share_right(answers[n * count : (n + 1) * count])
             for n, name in enumerate(adapters)
         }
         before = self.scores.table if self.scores else {}
@@ -157,7 +157,7 @@ class Quickstart:
     def mixed_batch(self) -> list[Row]:
         """One batch in which each row uses its own adapter, the last one none."""
         rows = self._mixed_rows()
-        answers = train.answer(
+        answers = training.answer(
             self.model,
             self.tokenizer,
             [record for _, _, record in rows],
@@ -173,7 +173,7 @@ class Quickstart:
         """Save the adapters, load them onto a fresh base, and compare the logits of one batch."""
         names = [task.name for task in self.tasks]
         self.model.save_pretrained(self.output, selected_adapters=names)
-        base = train.load_model(self.base, dtype=self.recipe.dtype, device="cpu")
+        base = training.load_model(self.base, dtype=self.recipe.dtype, device="cpu")
         folders = [self.output / name for name in names]
         fresh = PeftModel.from_pretrained(base, folders[0], adapter_name=names[0])
         for name, folder in zip(names[1:], folders[1:], strict=True):
@@ -225,8 +225,8 @@ class Quickstart:
             task_type="CAUSAL_LM",
         )
 
-    def _train_recipe(self) -> train.Recipe:
-        return train.Recipe(
+    def _train_recipe(self) -> training.Recipe:
+        return training.Recipe(
             steps=self.recipe.steps,
             batch_size=self.recipe.batch,
             lr=self.recipe.learning_rate,
@@ -236,10 +236,10 @@ class Quickstart:
             seed=self.seed,
         )
 
-    def _mixed_rows(self) -> list[tuple[str, Task, train.Pair]]:
+    def _mixed_rows(self) -> list[tuple[str, Task, training.Pair]]:
         """Rows in turn: a row of each adapter, again, and one of the base."""
         drawn = {
-            task.name: train.pairs(examples(task, "heldout", ROWS_EACH, HELD_OUT_SEED + 1))
+            task.name: training.pairs(examples(task, "heldout", ROWS_EACH, HELD_OUT_SEED + 1))
             for task in self.tasks
         }
         rows = [(t.name, t, drawn[t.name][n]) for n in range(ROWS_EACH) for t in self.tasks]
@@ -249,8 +249,8 @@ class Quickstart:
     def _logits(self, model: PeftModel) -> Tensor:
         """Logits ``(rows, tokens, vocabulary)`` of the mixed batch's prompts and answers."""
         rows = self._mixed_rows()
-        coded = [train.encode_one(record, self.tokenizer) for _, _, record in rows]
-        batch = train.collate(coded, train.pad_token(self.tokenizer))
+        coded = [training.encode_one(record, self.tokenizer) for _, _, record in rows]
+        batch = training.collate(coded, training.pad_token(self.tokenizer))
         model.eval()
         with torch.inference_mode():
             names = [name for name, _, _ in rows]

@@ -22,7 +22,7 @@ def low_rank_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Te
     """
     h = F.linear(x, A.to(x.dtype))
     if h.dtype != y.dtype:
-        # A frozen layer upstream may give another dtype (autocast, float32 norms): one cast, r wide.
+        # A frozen layer upstream may give another dtype (autocast, float32 norms): a cast, r wide.
         h = h.to(y.dtype)
     # y + scale * h Bᵀ, scaled while it is accumulated:
     out = torch.addmm(
