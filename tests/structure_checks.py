@@ -15,9 +15,21 @@ from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
-LAYERS = ("methods", "inits", "bases", "storage", "kernels")
+LAYERS = ("methods", "variants", "inits", "bases", "storage", "kernels")
 FACES = ("contract", "registry")  # what a layer shows to its own files and to the other layers
-FOUNDATIONS = ("errors", "registry", "config", "site")
+OWNERS = {"variants": "methods.lora"}
+"""Layers that one file alone may import: variants are LoRA's own sub-registry, so LoRA asks it who
+acts, and it knows methods through their contract only."""
+FOUNDATIONS = {
+    "errors": (),
+    "registry": ("errors",),
+    "defaults": ("errors",),
+    "config": ("errors", "registry", "atomic", "checkpoint"),
+    "site": ("bases", "storage"),
+}
+"""What every layer may import, and all that each of these may import itself: none reaches the
+wrapper or the model. `defaults` is a table of names by architecture, data and one look-up, which a
+method's contract points at; `config` opens files only in the functions that read or write them."""
 CLI_MODULES = ("demo", "train", "errors", "inspect")
 FILE_CEILING = 400
 FUNCTION_CEILING = 50
@@ -151,14 +163,19 @@ def wrong_public_names(tree: Tree, package: object) -> Iterator[str]:
 def wrong_layer_imports(tree: Tree) -> Iterator[str]:
     """Imports point one way: a layer sees the foundations and the layers' faces.
 
-    It also sees its own underlined helpers, and its `__init__` all its files: it lists them.
+    So no method imports another one, the wrapper or the model. A file also sees its own layer's
+    underlined helpers, and the layer's `__init__` all its files: it lists them.
     """
     for module in tree.modules.values():
         layer = module.name.partition(".")[2].partition(".")[0]
-        if layer not in LAYERS:
+        if layer not in (*LAYERS, *FOUNDATIONS):
             continue
         for line, target, name in tree.own_imports(module):
-            if not _layer_may_import(module, layer, target):
+            if layer in FOUNDATIONS:
+                allowed = target in FOUNDATIONS[layer]
+            else:
+                allowed = _layer_may_import(module, layer, target)
+            if not allowed:
                 seen = f"{target or tree.package}{':' + name if name else ''}"
                 yield f"{tree.where(module, line)}: `{layer}` must not import `{seen}`"
 
@@ -169,8 +186,11 @@ def _layer_may_import(module: Module, layer: str, target: str) -> bool:
     if target in FOUNDATIONS:
         return True
     head, _, rest = target.partition(".")
-    if head == layer and (module.is_package or rest.split(".")[-1].startswith("_")):
-        return True
+    if head == layer:
+        # Its own `__init__` lists all its files, so going through it is a way to the others.
+        return module.is_package or rest in FACES or rest.split(".")[-1].startswith("_")
+    if OWNERS.get(head, "") not in ("", module.name.partition(".")[2]):
+        return False
     return head in LAYERS and rest in ("", *FACES)
 
 
