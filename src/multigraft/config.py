@@ -117,7 +117,7 @@ class PeftConfig:
             raise ConfigError(f"`task_type` (={self.task_type!r}) must be one of {known}, or None.")
         for name, neutral in self._unbuilt.items():
             value = getattr(self, name)
-            if value and value != neutral:
+            if not _is_unset(value, neutral):
                 raise ConfigError(
                     f"{type(self).__name__}: `{name}` (={value!r}) is an option of PEFT that "
                     f"Multigraft does not have yet. Leave it at {neutral!r}, or use PEFT for it."
@@ -359,10 +359,21 @@ def _check_regex(field_name: str, pattern: str) -> None:
     try:
         re.compile(pattern)
     except re.error as error:
+        remedy = f"Where it is meant literally, write {re.escape(pattern)!r}."
+        if field_name in ("target_modules", "exclude_modules"):
+            remedy = f"To name modules, give a list: [{pattern!r}]."
         raise ConfigError(
             f"`{field_name}` (={pattern!r}) is read as a regular expression and is not one "
-            f"({error}). To name modules, give a list: [{pattern!r}]."
+            f"({error}). {remedy}"
         ) from error
+
+
+def _is_unset(value: Any, neutral: Any) -> bool:
+    """Whether an option is off; a table of flags (or an object of them) is, when none is set."""
+    if not value or value == neutral:
+        return True
+    flags = _plain(value) if isinstance(neutral, Mapping) and neutral else None
+    return isinstance(flags, Mapping) and not any(flags.values())
 
 
 def _plain(value: Any) -> Any:

@@ -56,7 +56,8 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"layers_to_transform": [-1]}, "indices of layers: integers from 0"),
     ({"layers_to_transform": ["1"]}, "indices of layers: integers from 0"),
     ({"layers_to_transform": 1.0}, "indices of layers: integers from 0"),
-    ({"layers_to_transform": [1], "layers_pattern": "h("}, "`layers_pattern` (='h(')"),
+    ({"layers_pattern": "h(", "layers_to_transform": [1]}, r"meant literally, write 'h\\('"),
+    ({"layers_pattern": ["h", "l("], "layers_to_transform": 1}, "`layers_pattern` (='l(')"),
     ({"layers_pattern": "layers"}, "`layers_to_transform`"),
     ({"target_modules": r".*up", "layers_to_transform": [0]}, "`layers_to_transform`"),
 ]
@@ -153,6 +154,17 @@ def test_the_neutral_value_of_an_option_that_is_not_built_is_accepted(field: str
     default = fields[field].default
     default = fields[field].default_factory() if default is dataclasses.MISSING else default
     assert getattr(LoraConfig(**{field: default}), field) == default
+
+
+@pytest.mark.parametrize("off", [{"ephemeral_gpu_offload": False}, {"a": False, "b": 0}, {}, None])
+def test_a_runtime_config_with_no_flag_set_is_accepted(off: object) -> None:
+    assert LoraConfig(runtime_config=off).runtime_config == off
+
+
+@pytest.mark.parametrize("field", ["eva_config", "arrow_config", "loftq_config"])
+def test_a_table_that_switches_an_option_on_is_refused_whatever_it_holds(field: str) -> None:
+    with pytest.raises(ConfigError, match=f"`{field}`"):
+        LoraConfig(**{field: {"anything": False}})
 
 
 def test_every_field_of_the_installed_peft_is_built_or_refused_or_a_companion() -> None:

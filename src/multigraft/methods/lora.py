@@ -96,7 +96,7 @@ class LoraConfig(TargetedConfig):
         "use_qalora": False,
         "monteclora_config": None,
         "layer_replication": None,
-        "runtime_config": None,
+        "runtime_config": {"ephemeral_gpu_offload": False},
         "target_parameters": None,
         "use_bdlora": None,
         "arrow_config": None,
