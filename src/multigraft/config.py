@@ -390,12 +390,4 @@ def _plain(value: Any) -> Any:
     return value
 
 
-__all__ = [
-    "CONFIGS",
-    "CONFIG_NAME",
-    "PeftConfig",
-    "PeftType",
-    "TargetedConfig",
-    "TaskType",
-    "field",
-]
+__all__ = ["CONFIGS", "CONFIG_NAME", "PeftConfig", "PeftType", "TargetedConfig", "TaskType"]
