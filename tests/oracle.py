@@ -277,13 +277,18 @@ def peft_state(model: Any, adapter: str = "default", **more: Any) -> dict[str, T
 
 
 def peft_config(config: Mapping[str, Any]) -> Any:
-    """PEFT's config of these options."""
-    return peft.LoraConfig(**copy.deepcopy(dict(config)))
+    """PEFT's config of these options; ``kind`` names the class, LoraConfig by default."""
+    return _config_from(peft, config)
 
 
-def our_config(config: Mapping[str, Any]) -> multigraft.LoraConfig:
+def our_config(config: Mapping[str, Any]) -> Any:
     """Multigraft's config of these options."""
-    return multigraft.LoraConfig(**copy.deepcopy(dict(config)))
+    return _config_from(multigraft, config)
+
+
+def _config_from(library: Any, config: Mapping[str, Any]) -> Any:
+    options = copy.deepcopy(dict(config))
+    return getattr(library, options.pop("kind", "LoraConfig"))(**options)
 
 
 def our_sites(model: nn.Module, adapter: str = "default") -> set[str]:

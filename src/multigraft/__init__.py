@@ -21,7 +21,13 @@ from multigraft.errors import (
     UnsupportedError,
 )
 from multigraft.layer import AdaptedLayer
+from multigraft.methods.hira import HiraConfig
+from multigraft.methods.ia3 import IA3Config
+from multigraft.methods.loha import LoHaConfig
+from multigraft.methods.lokr import LoKrConfig
 from multigraft.methods.lora import LoraConfig
+from multigraft.methods.oft import OFTConfig
+from multigraft.methods.vera import VeraConfig
 from multigraft.model import PeftModel
 from multigraft.state import get_peft_model_state_dict, set_peft_model_state_dict
 from multigraft.status import get_layer_status, get_model_status
@@ -43,11 +49,16 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "HiraConfig",
+    "IA3Config",
+    "LoHaConfig",
+    "LoKrConfig",
     "LoraConfig",
     "MissingExtraError",
     "MultigraftError",
     "MultigraftWarning",
     "NestingError",
+    "OFTConfig",
     "PeftConfig",
     "PeftModel",
     "PeftModelForCausalLM",
@@ -63,6 +74,7 @@ __all__ = [
     "TaskType",
     "TrainingError",
     "UnsupportedError",
+    "VeraConfig",
     "__version__",
     "get_layer_status",
     "get_model_status",
