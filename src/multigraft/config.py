@@ -217,9 +217,11 @@ class TargetedConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.target_modules = _names("target_modules", self.target_modules)
-        if self.target_modules == ["all-linear"]:
+        names = [self.target_modules] if isinstance(self.target_modules, str) else None
+        names = [n.lower() for n in names or self.target_modules or []]  # any case, as in PEFT
+        if names == ["all-linear"]:
             self.target_modules = "all-linear"
-        if isinstance(self.target_modules, list) and "all-linear" in self.target_modules:
+        if isinstance(self.target_modules, list) and "all-linear" in names:
             raise ConfigError(
                 '`target_modules`: "all-linear" stands alone, not in a list with other names. '
                 'Write target_modules="all-linear", or list the names.'
