@@ -134,8 +134,8 @@ class AdaptedLayer(LayerFacade, nn.Module):
 
     def _routed(self, route: Route, x: Tensor, args: Any, kwargs: Any) -> Any:
         """Each row with its own adapter: the base once, then each group of rows on its own."""
-        groups = [(a, rows) for a, rows in route.groups(x, self) if a in self.grafts]
         x = route.spread(x)
+        groups = [(a, rows) for a, rows in route.groups(x, self) if a in self.grafts]
         base = y = self.base_layer(x, *args, **kwargs)
         for adapter, rows in groups:
             plan = Plan.of(self.grafts[adapter])

@@ -6,7 +6,7 @@ The model owns the route; layers read it. Row indices are made once per device, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
@@ -26,13 +26,16 @@ class Route:
 
     Args:
         names: one per row of the batch; `BASE` for rows without an adapter.
-        repeats: how often each row is repeated in succession (beams, returned sequences).
+        repeats: how often each row is repeated in succession (beams, returned sequences). Not every
+            layer sees the repeated rows: an encoder runs before they are.
         tokens: sizes that a flattened ``(batch * tokens, ...)`` input may have, per row.
     """
 
     def __init__(self, names: Sequence[str], repeats: int = 1, tokens: int | None = None) -> None:
-        self.names = [name for name in names for _ in range(repeats)]
-        self.tokens = tokens
+        self.names = list(names)
+        self.repeats = repeats
+        self._sizes = {size for size in (1, repeats, tokens, repeats * (tokens or 1)) if size}
+        """How many rows of a layer's input may stand for one row of the batch, in succession."""
         self._rows: dict[str, list[int]] = {}
         for row, name in enumerate(self.names):
             if name != BASE:
@@ -42,11 +45,17 @@ class Route:
     def groups(self, x: Tensor, layer: AdaptedLayer) -> list[tuple[str, Tensor]]:
         """Pairs of adapter and row indices into ``x``'s first axis.
 
+        Args:
+            x: a layer's input after `spread`.
+
         Raises:
-            RoutingError: the first axis is neither the batch nor the batch times its tokens.
+            RoutingError: the first axis is neither the batch nor a multiple that a route knows.
         """
-        batch = len(self.names)
-        per_row = 1 if x.shape[0] in (batch, 1) else self._tokens_per_row(x, layer)
+        if not self._rows:
+            return []
+        per_row, rest = divmod(x.shape[0], len(self.names))
+        if rest or per_row not in self._sizes:
+            self._refuse(x, layer)
         key = (x.device, per_row)
         found = self._indices.get(key)
         if found is None:
@@ -60,11 +69,11 @@ class Route:
 
     def spread(self, x: Tensor) -> Tensor:
         """An input that all rows share (positions, say) as one row per row of the batch."""
-        return x.expand(len(self.names), *x.shape[1:]) if x.shape[0] == 1 else x
+        if x.shape[0] != 1 or len(self.names) == 1:
+            return x
+        return x.expand(len(self.names) * self.repeats, *x.shape[1:])
 
-    def _tokens_per_row(self, x: Tensor, layer: AdaptedLayer) -> int:
-        if self.tokens is not None and x.shape[0] == len(self.names) * self.tokens:
-            return self.tokens
+    def _refuse(self, x: Tensor, layer: AdaptedLayer) -> NoReturn:
         raise RoutingError(
             f"{layer.path}: the input's first axis (={x.shape[0]}) is not the batch's "
             f"(={len(self.names)} rows), so rows cannot be told apart here. Run the rows of each "
