@@ -11,7 +11,7 @@ format is lossy, the error of quantising again is measured and reported.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from multigraft.methods import Method
 from multigraft.methods.contract import Params
 from multigraft.requantisation import Loss, report
 from multigraft.roster import Roster
-from multigraft.storage import Storage, storage_of
+from multigraft.storage import FOREIGN, Slot, slot_of
 
 
 def merge(
@@ -65,16 +65,18 @@ def merge(
         _check(layer, incoming[id(layer)], keep_original)
     done: list[tuple[AdaptedLayer, list[Graft], dict[str, Any]]] = []
     losses: list[Loss] = []
+    known = dict(roster.losses)
     try:
         for layer in layers:
             grafts = [g.snapshot() for g in incoming[id(layer)]]
             tensors = _tensor_names(layer, grafts)
-            before = {n: _storage(layer, n).keep(layer.base_layer, n) for n in tensors}
+            before = {n: slot_of(layer.base_layer, n).keep() for n in tensors}
             done.append((layer, layer.merged_grafts, {"kept": dict(layer.kept), "values": before}))
             losses += _write(layer, grafts, before, safe, keep_original)
     except BaseException:
         for layer, grafts, state in reversed(done):
             _restore(layer, grafts, state)
+        roster.losses = known
         raise
     report(losses)
     return losses
@@ -108,17 +110,20 @@ def unmerge_layer(layer: AdaptedLayer, names: Sequence[str] | None = None) -> No
     leaving = [g for g in layer.merged_grafts if g.adapter in gone]
     staying = [g for g in layer.merged_grafts if g.adapter not in gone]
     for tensor in _tensor_names(layer, leaving):
-        storage = _storage(layer, tensor)
+        slot = slot_of(layer.base_layer, tensor)
         rest = [g for g in staying if tensor in _tensor_names(layer, [g])]
+        layer.roster.losses.pop(f"{layer.path}.{tensor}", None)
         if tensor not in layer.kept:
-            value = _fresh(storage.read(layer.base_layer, tensor))
+            value = _fresh(slot.read())
             _accumulate(value, leaving, tensor, -1.0)
-            storage.write(layer.base_layer, value, tensor)
+            slot.write(value)
         elif rest:
-            own = storage.read_kept(layer.base_layer, layer.kept[tensor], tensor)
-            storage.write(layer.base_layer, merged_value(layer, rest, tensor, own), tensor)
+            own = slot.read_kept(layer.kept[tensor])
+            value = merged_value(layer, rest, tensor, own)
+            slot.write(value)
+            _measure(layer, tensor, slot, own, value)
         else:
-            storage.give_back(layer.base_layer, layer.kept.pop(tensor), tensor)
+            slot.give_back(layer.kept.pop(tensor))
     layer.merged_grafts = staying
     layer.replan()
 
@@ -139,9 +144,8 @@ def hide(roster: Roster) -> list[tuple[AdaptedLayer, dict[str, Any]]]:
             )
     hidden = []
     for layer in layers:
-        state = {n: _storage(layer, n).keep(layer.base_layer, n) for n in layer.kept}
-        for name, kept in layer.kept.items():
-            _storage(layer, name).give_back(layer.base_layer, kept, name)
+        state = {n: slot_of(layer.base_layer, n).keep() for n in layer.kept}
+        _give_back(layer, layer.kept)
         hidden.append((layer, state))
     return hidden
 
@@ -149,8 +153,7 @@ def hide(roster: Roster) -> list[tuple[AdaptedLayer, dict[str, Any]]]:
 def show(hidden: Sequence[tuple[AdaptedLayer, dict[str, Any]]]) -> None:
     """Put back what `hide` took out."""
     for layer, state in hidden:
-        for name, kept in state.items():
-            _storage(layer, name).give_back(layer.base_layer, kept, name)
+        _give_back(layer, state)
 
 
 @torch.no_grad()
@@ -180,16 +183,15 @@ def _write(
         fresh: what is merged now, beside what is merged already.
         before: what the storage held, by tensor name.
     """
-    base = layer.base_layer
     grafts = [*layer.merged_grafts, *fresh]
     losses = []
     for name, held in before.items():
-        storage = _storage(layer, name)
+        slot = slot_of(layer.base_layer, name)
         if name in layer.kept:
-            own = storage.read_kept(base, layer.kept[name], name)
+            own = slot.read_kept(layer.kept[name])
             value = merged_value(layer, grafts, name, own)
         else:
-            own = storage.read(base, name)
+            own = slot.read()
             value = merged_value(layer, fresh, name, own)
         if safe and not torch.isfinite(value).all():
             raise ValueError(
@@ -198,10 +200,13 @@ def _write(
             )
         if keep_original:
             layer.kept.setdefault(name, held)
-        storage.write(base, value, name)
-        if not storage.is_exact:
-            where, stored = f"{layer.path}.{name}", storage.read(base, name)
-            losses.append(Loss.of(where, storage.name, own, value, stored))
+        slot.write(value)
+        losses += _measure(layer, name, slot, own, value)
+    if not all(loss.is_finite for loss in losses):
+        raise ValueError(
+            f"{layer.path}: the merged values do not fit into the {layer.storage.name} format; "
+            "nothing was merged. Check the adapter's tensors, or keep the adapter."
+        )
     layer.merged_grafts = grafts
     layer.replan()
     return losses
@@ -227,22 +232,45 @@ def _check(layer: AdaptedLayer, grafts: Sequence[Graft], keep_original: bool) ->
                     f"{layer.path}: `{name}` of `{graft.adapter}` holds NaN or infinity; nothing "
                     "was merged. Retrain the adapter or load a good checkpoint."
                 )
-    for name in _tensor_names(layer, grafts):
-        storage = _storage(layer, name)
-        reason = storage.refusal(layer.base_layer, name)
-        if reason:
-            raise UnsupportedError(f"{layer.path}: cannot merge: {reason}.")
-        if not (storage.is_exact or keep_original):
-            raise UnsupportedError(
-                f"{layer.path}: cannot merge with keep_original=False: `{name}` is quantised "
-                f"({storage.name}), and subtracting would round a second time."
-            )
+    _check_tensors(layer, grafts, keep_original)
     layer.plan_for(layer.roster.acting(), [*layer.merged_grafts, *grafts])
 
 
-def _storage(layer: AdaptedLayer, name: str) -> Storage:
-    """How this tensor is stored: a quantised layer's bias is as plain as any other."""
-    return storage_of(layer.base_layer, name)
+def _check_tensors(layer: AdaptedLayer, grafts: Sequence[Graft], keep_original: bool) -> None:
+    """Everything about the tensors themselves that could forbid the merge."""
+    together = [*layer.merged_grafts, *grafts]
+    replaced = {name for g in together if g.method.kind == "replace" for name in g.owners}
+    for name in _tensor_names(layer, together):
+        slot = slot_of(layer.base_layer, name)
+        # A copy of the same class replaces all that its forward reads, whatever it means there.
+        reason = None if name in replaced and slot.storage is FOREIGN else slot.refusal()
+        if replaced and name not in replaced:
+            reason = reason or (
+                f"`{name}` is computed from tensors that a trained copy of this module replaces; "
+                "merge one of the two adapters, and keep the other"
+            )
+        if reason:
+            raise UnsupportedError(f"{layer.path}: cannot merge: {reason}.")
+        if not (slot.storage.is_exact or keep_original):
+            raise UnsupportedError(
+                f"{layer.path}: cannot merge with keep_original=False: `{name}` is quantised "
+                f"({slot.storage.name}), and subtracting would round a second time."
+            )
+
+
+def _measure(layer: AdaptedLayer, name: str, slot: Slot, own: Tensor, wanted: Tensor) -> list[Loss]:
+    """What a lossy storage lost of what was just written there; nothing of an exact one."""
+    if slot.storage.is_exact:
+        return []
+    loss = Loss.of(f"{layer.path}.{name}", slot.storage.name, own, wanted, slot.read())
+    layer.roster.losses[loss.where] = loss
+    return [loss]
+
+
+def _give_back(layer: AdaptedLayer, state: Mapping[str, Any]) -> None:
+    """Restore these tensors of one layer."""
+    for name, kept in state.items():
+        slot_of(layer.base_layer, name).give_back(kept)
 
 
 def _tensor_names(layer: AdaptedLayer, grafts: Sequence[Graft]) -> list[str]:
@@ -304,9 +332,9 @@ def _mapped(layer: AdaptedLayer, graft: Graft, name: str, value: Tensor) -> Tens
 
 
 def _fresh(tensor: Tensor) -> Tensor:
-    """A copy in the dtype that merging accumulates in."""
-    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    return tensor.detach().to(dtype, copy=True)
+    """A copy in the dtype that merging accumulates in; counts stay what they are."""
+    is_wide = tensor.dtype == torch.float64 or not tensor.is_floating_point()
+    return tensor.detach().to(tensor.dtype if is_wide else torch.float32, copy=True)
 
 
 def _as(dtype: torch.dtype, params: Params) -> dict[str, Tensor]:
@@ -315,8 +343,7 @@ def _as(dtype: torch.dtype, params: Params) -> dict[str, Tensor]:
 
 def _restore(layer: AdaptedLayer, grafts: list[Graft], state: dict[str, Any]) -> None:
     """Put one layer back to what it was before a merge that failed."""
-    for name, value in state["values"].items():
-        _storage(layer, name).give_back(layer.base_layer, value, name)
+    _give_back(layer, state["values"])
     layer.kept.clear()
     layer.kept.update(state["kept"])
     layer.merged_grafts = grafts

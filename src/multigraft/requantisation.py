@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from multigraft.errors import MultigraftWarning
+
+NAMED = 3
+"""Tensors that a warning names."""
 
 
 @dataclass(frozen=True)
@@ -30,34 +34,33 @@ class Loss:
 
     @staticmethod
     def of(where: str, storage: str, own: Tensor, wanted: Tensor, stored: Tensor) -> Loss:
-        """Measure; all three tensors have the weight's own dense shape.
-
-        Raises:
-            ValueError: the format could not hold the values.
-        """
+        """Measure; all three tensors have the weight's own dense shape."""
         distance = float((stored.to(wanted.dtype) - wanted).norm())
         size, change = float(wanted.norm()), float((wanted - own.to(wanted.dtype)).norm())
-        loss = Loss(where, storage, _ratio(distance, size), _ratio(distance, change))
-        if not distance < float("inf"):
-            raise ValueError(
-                f"{where}: the merged values do not fit into the {storage} format; nothing was "
-                "merged. Check the adapter's tensors, or keep the adapter."
-            )
-        return loss
+        return Loss(where, storage, _ratio(distance, size), _ratio(distance, change))
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the format could hold the values at all."""
+        return math.isfinite(self.error)
+
+    def __str__(self) -> str:
+        return f"{self.where} {self.error:.1%}"
 
 
 def report(losses: Sequence[Loss]) -> None:
-    """One warning for a merge: the largest error, where, and what it means."""
+    """One warning for a merge: where the errors are, the largest first, and what they mean."""
     if not losses:
         return
-    worst = max(losses, key=lambda loss: loss.error)
+    worst = sorted(losses, key=lambda loss: loss.error, reverse=True)
+    more = f" and {len(worst) - NAMED} more tensors" if len(worst) > NAMED else ""
     formats = ", ".join(sorted({loss.storage for loss in losses}))
     share = max(loss.share for loss in losses)
     warnings.warn(
-        f"merged into quantised weights ({formats}), which is lossy: rounding leaves an error of "
-        f"up to {worst.error:.1%} of the merged weight ({worst.where}), up to {share:.2g} times "
-        "what the adapters add. Outputs differ from those of the unmerged adapters; unmerging "
-        "restores the base exactly.",
+        f"merged into quantised weights ({formats}), which is lossy. Rounding leaves these errors, "
+        f"relative to the merged weight: {', '.join(map(str, worst[:NAMED]))}{more}; they are up "
+        f"to {share:.2g} times what the adapters add, so outputs differ from those of the unmerged "
+        "adapters. `merge_report` lists all of them; unmerging restores the base exactly.",
         MultigraftWarning,
         stacklevel=4,
     )

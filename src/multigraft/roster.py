@@ -17,6 +17,7 @@ from multigraft.config import PeftConfig
 from multigraft.errors import AdapterNameError, RoutingError, StateError, did_you_mean
 from multigraft.graft import Graft
 from multigraft.layer import AdaptedLayer
+from multigraft.requantisation import Loss
 from multigraft.routing import Route
 
 _LIVE: WeakKeyDictionary[nn.Module, ref[Roster]] = WeakKeyDictionary()
@@ -40,6 +41,8 @@ class Roster:
         self.route: Route | None = None
         self.hidden: list[Any] = []
         """Merged values that are out of the base while adapters are disabled."""
+        self.losses: dict[str, Loss] = {}
+        """What quantising merged weights again lost, by the tensor's path."""
         self.thawed: list[nn.Parameter] = []
         """Base parameters that were trainable before the first adapter froze the base."""
 

@@ -21,6 +21,7 @@ from multigraft.keys import sites_in
 from multigraft.layer import AdaptedLayer
 from multigraft.methods import METHODS
 from multigraft.prepare import Prepared, prepare
+from multigraft.requantisation import Loss
 from multigraft.roster import Roster
 from multigraft.survey import survey
 from multigraft.wrap import attach, detach, roster_of
@@ -269,6 +270,14 @@ class Tuner(nn.Module):
         if self.roster.merged:
             merging.unmerge(self.roster)
         return self._clear()
+
+    @property
+    def merge_report(self) -> list[Loss]:
+        """How far each quantised tensor is from what merging was to store there, largest first.
+
+        Empty when nothing is merged into quantised weights; it outlives `merge_and_unload`.
+        """
+        return sorted(self.roster.losses.values(), key=lambda loss: loss.error, reverse=True)
 
     def layers(self) -> list[AdaptedLayer]:
         """Every adapted layer of the model, each once."""

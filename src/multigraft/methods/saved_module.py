@@ -17,7 +17,7 @@ from torch import nn
 from multigraft.errors import TargetError
 from multigraft.methods.contract import Method, Params, TensorSpec, method
 from multigraft.site import Site
-from multigraft.storage import storage_of
+from multigraft.storage import slot_of
 
 
 @method("SAVED_MODULE", config=None, paper="PEFT's `modules_to_save`")
@@ -30,11 +30,10 @@ class SavedModule(Method):
 
     def __init__(self, site: Site, config: Any) -> None:
         super().__init__(site, config)
-        if not site.storage.is_exact:
+        refusal = site.storage.copy_refusal(site.layer)
+        if refusal is not None:
             raise TargetError(
-                f"`modules_to_save`: {site.path} ({type(site.layer).__name__}) is quantised "
-                f"({site.storage.name}), and a quantised copy cannot be trained. Keep this module "
-                "out of the quantisation, or adapt it with `target_modules`."
+                f"`modules_to_save`: {site.path} ({type(site.layer).__name__}) {refusal}."
             )
 
     def tensors(self) -> dict[str, TensorSpec]:
@@ -47,6 +46,6 @@ class SavedModule(Method):
     def module(self) -> nn.Module:
         twin = copy.deepcopy(self.site.layer)
         for name, kept in self.site.kept.items():
-            storage_of(twin, name).give_back(twin, kept, name)
+            slot_of(twin, name).give_back(kept)
         twin.requires_grad_(True)
         return twin

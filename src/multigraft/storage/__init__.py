@@ -4,9 +4,14 @@ from torch import nn
 
 from multigraft.storage import bnb4, bnb8, dense, hooked, parametrised, torchao
 from multigraft.storage.contract import STORAGES, Storage, holder
+from multigraft.storage.dense import DENSE, FOREIGN
+from multigraft.storage.slot import Slot
 
 __all__ = [
+    "DENSE",
+    "FOREIGN",
     "STORAGES",
+    "Slot",
     "Storage",
     "bnb4",
     "bnb8",
@@ -14,6 +19,7 @@ __all__ = [
     "holder",
     "hooked",
     "parametrised",
+    "slot_of",
     "storage_of",
     "torchao",
 ]
@@ -26,9 +32,16 @@ def storage_of(layer: nn.Module, name: str = "weight") -> Storage:
     Other tensors than the weight (a quantised layer's bias) are plain in every format.
     """
     found = STORAGES.find(type(holder(layer, name)))
-    if found is not None and found is not dense.DENSE:
+    if found is not None and found is not DENSE:
         return found
     if name != "weight":
         weight = storage_of(layer)
-        return weight if weight is dense.FOREIGN else dense.DENSE
+        return weight if weight is FOREIGN else DENSE
     return STORAGES.find(type(layer)) or dense.plain(layer)
+
+
+def slot_of(layer: nn.Module, name: str = "weight") -> Slot:
+    """The tensor of this layer, or of a module inside it, that has this name in its state dict."""
+    path, _, leaf = name.rpartition(".")
+    owner = layer.get_submodule(path)
+    return Slot(storage_of(owner, leaf), owner, leaf)

@@ -29,6 +29,15 @@ class Storage:
         """Why this layer's tensor cannot be written, and what to do; ``None`` when it can."""
         return None
 
+    def copy_refusal(self, layer: nn.Module) -> str | None:
+        """Why a copy of this layer cannot be trained, and what to do; ``None`` when it can."""
+        if self.is_exact:
+            return None
+        return (
+            f"is quantised ({self.name}), and a quantised copy cannot be trained; keep this module "
+            "out of the quantisation, or adapt it with `target_modules`"
+        )
+
     def read(self, layer: nn.Module, name: str = "weight") -> Tensor:
         """The dense values in the layer's own layout, in a dtype that one can compute in.
 

@@ -1,4 +1,4 @@
-"""Plain tensors: float64, float32, bfloat16, float16, and the 8-bit floats.
+"""Plain tensors: float64, float32, bfloat16, float16, and the 8-bit floats; buffers of any dtype.
 
 8-bit floats are stored and never computed in: they read as float32, and adapters take that dtype.
 Layers whose forward is not the registered class's own (an unknown subclass) are read but never
@@ -26,6 +26,8 @@ class Dense(Storage):
     name = "dense"
 
     def refusal(self, layer: nn.Module, name: str = "weight") -> str | None:
+        if name in layer._buffers:
+            return None
         if name not in layer._parameters:
             return (
                 f"`{name}` of {type(layer).__name__} is not a plain parameter but computed from "
@@ -39,35 +41,44 @@ class Dense(Storage):
             return f"`{name}` of {type(layer).__name__} is on the meta device: it holds no values"
         return None
 
+    def copy_refusal(self, layer: nn.Module) -> str | None:
+        narrow = [t.dtype for t in layer.parameters() if t.dtype.itemsize == 1]
+        if not narrow:
+            return None
+        return (
+            f"is stored in {narrow[0]}, which nothing can be trained in; leave this module in a "
+            "wider dtype, or adapt it with `target_modules`"
+        )
+
     def read(self, layer: nn.Module, name: str = "weight") -> Tensor:
         # Through the attribute, so that a parametrised weight reads as what the forward uses.
         tensor: Tensor = getattr(layer, name)
         return _computable(tensor.detach())
 
     def write(self, layer: nn.Module, value: Tensor, name: str = "weight") -> None:
-        parameter = _parameter(layer, name)
+        tensor = _tensor(layer, name)
         with torch.no_grad():
-            if parameter.dtype in NARROW:
-                limit = torch.finfo(parameter.dtype).max
+            if tensor.dtype in NARROW:
+                limit = torch.finfo(tensor.dtype).max
                 largest = float(value.abs().amax()) if value.numel() else 0.0
                 if largest > limit:
                     raise ValueError(
-                        f"`{name}` would hold {largest:.3g}, and {parameter.dtype} ends at "
+                        f"`{name}` would hold {largest:.3g}, and {tensor.dtype} ends at "
                         f"{limit:.3g}; convert the base to bfloat16 or float32 first"
                     )
-            parameter.copy_(value)
+            tensor.copy_(value)
 
     def keep(self, layer: nn.Module, name: str = "weight") -> Any:
-        return _parameter(layer, name).detach().clone()
+        return _tensor(layer, name).detach().clone()
 
     def read_kept(self, layer: nn.Module, kept: Any, name: str = "weight") -> Tensor:
         tensor: Tensor = kept
-        return _computable(tensor.to(_parameter(layer, name).device))
+        return _computable(tensor.to(_tensor(layer, name).device))
 
     def give_back(self, layer: nn.Module, kept: Any, name: str = "weight") -> None:
         # The model may have moved since; in place, so that addresses held elsewhere stay good.
         with torch.no_grad():
-            _parameter(layer, name).copy_(kept)
+            _tensor(layer, name).copy_(kept)
 
     def compute_dtype(self, layer: nn.Module) -> torch.dtype | None:
         weight = getattr(layer, "weight", None)
@@ -101,10 +112,14 @@ def plain(layer: nn.Module) -> Storage:
 
 
 def _computable(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype.itemsize > 1 else tensor.float()
+    is_narrow = tensor.is_floating_point() and tensor.dtype.itemsize == 1
+    return tensor.float() if is_narrow else tensor
 
 
-def _parameter(layer: nn.Module, name: str) -> nn.Parameter:
-    parameter = layer._parameters[name]
-    assert parameter is not None, "asked `refusal` first"
-    return parameter
+def _tensor(layer: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer itself."""
+    tensor: Tensor | None = layer._parameters.get(name)
+    if tensor is None:
+        tensor = layer._buffers[name]
+    assert tensor is not None, "asked `refusal` first"
+    return tensor

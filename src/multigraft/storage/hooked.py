@@ -16,7 +16,17 @@ from torch import Tensor, nn
 from multigraft.storage.contract import STORAGES, Storage, holder
 
 
-class WeightNormHook(Storage):
+class Hooked(Storage):
+    """A weight that is an attribute, not a parameter."""
+
+    def copy_refusal(self, layer: nn.Module) -> str | None:
+        return (
+            f"computes its weight in a hook ({self.name}), which torch cannot copy; use "
+            f"torch.nn.utils.parametrizations.{self.name} in its place"
+        )
+
+
+class WeightNormHook(Hooked):
     """``weight_g`` and ``weight_v`` are what is stored."""
 
     name = "weight_norm"
@@ -49,7 +59,7 @@ class WeightNormHook(Storage):
         return _parts(layer, "weight")[1].dtype
 
 
-class SpectralNormHook(Storage):
+class SpectralNormHook(Hooked):
     """``weight_orig`` divided by its largest singular value: read, never written."""
 
     name = "spectral_norm"
