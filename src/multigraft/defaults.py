@@ -70,6 +70,11 @@ TASK_HEADS: dict[str, tuple[str, ...]] = {
 initialises these afresh, so a frozen one would be noise."""
 
 
+def task_heads(model: nn.Module, usual: tuple[str, ...]) -> list[str]:
+    """The task's usual heads, and what this model has beside them that is as fresh."""
+    return [*usual, *(name for name in ("pre_classifier",) if usual and hasattr(model, name))]
+
+
 def default_targets(
     model: nn.Module, table: Targets = LORA_TARGETS, field: str = "target_modules"
 ) -> list[str] | str:

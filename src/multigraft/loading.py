@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from multigraft import checkpoint
-from multigraft.config import CONFIG_NAME, PeftConfig
+from multigraft.config import CONFIG_NAME, PeftConfig, TargetedConfig
 from multigraft.errors import CheckpointError, MultigraftWarning, StateError
 from multigraft.prepare import Prepared, prepare
 from multigraft.state import drop_base_tensors, write
+from multigraft.survey import Spot, survey
 from multigraft.tuner import Tuner
 from multigraft.wrap import exchange
 
@@ -67,6 +68,7 @@ def load_into(
     where = {k: v for k, v in options.items() if k in (*HUB_OPTIONS, "subfolder")}
     tensors = checkpoint.read(checkpoint.locate_weights(source, **where), allow_pickle=allow_pickle)
     tensors = checkpoint.rename(tensors, key_mapping)
+    _name_what_was_saved(config, tensors, tuner.model)
     _warn_of_another_base(tuner, config)
     exists = adapter in tuner.roster.configs
     if exists:
@@ -113,6 +115,33 @@ def _overwrite(
         method.site = graft.site
         graft.method = method
     roster.configs[adapter] = prepared.config
+
+
+def _name_what_was_saved(
+    config: PeftConfig, tensors: Mapping[str, Tensor], model: nn.Module
+) -> None:
+    """Add to `modules_to_save`, by path, what PEFT saved for the end of its name alone.
+
+    There ``classifier`` also means ``pre_classifier``; here a name is a whole path component. The
+    file tells: it holds every tensor of such a module.
+    """
+    if not isinstance(config, TargetedConfig) or not config.modules_to_save:
+        return
+    names, spots = tuple(config.modules_to_save), survey(model)
+    for spot in spots:
+        is_named = f".{spot.path}".endswith(tuple(f".{name}" for name in names))
+        if spot.path.endswith(names) and not is_named:
+            own = _parameters_of(spot, spots)
+            if own and own <= tensors.keys():
+                config.modules_to_save.append(spot.path)
+
+
+def _parameters_of(spot: Spot, spots: Sequence[Spot]) -> set[str]:
+    """Paths of the base parameters of a module and of what it holds."""
+    inside = [s for s in spots if s is spot or s.path.startswith(f"{spot.path}.")]
+    return {
+        f"{s.path}.{n}" for s in inside for n, p in s.layer._parameters.items() if p is not None
+    }
 
 
 def _refuse_merged(tuner: Tuner, adapter: str) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from multigraft import checkpoint
 from multigraft.config import PeftConfig, TargetedConfig
+from multigraft.defaults import task_heads
 from multigraft.errors import CheckpointError, MultigraftWarning, RoutingError
 from multigraft.keys import strip_prefix
 from multigraft.loading import load_into
@@ -363,8 +364,8 @@ class PeftModel(nn.Module):
         )
         config.base_model_name_or_path = config.base_model_name_or_path or name or None
         if self.default_saved_modules and isinstance(config, TargetedConfig):
-            saved = [*(config.modules_to_save or []), *self.default_saved_modules]
-            config.modules_to_save = list(dict.fromkeys(saved))
+            heads = task_heads(base, self.default_saved_modules)
+            config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
         return config
 
     def _for_disk(self, config: PeftConfig) -> PeftConfig:
