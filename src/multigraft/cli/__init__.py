@@ -22,6 +22,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             file=sys.stderr,
         )
         raise SystemExit(2)
-    from multigraft.cli.app import run
+    try:
+        from multigraft.cli.app import run
 
-    raise SystemExit(run(sys.argv[1:] if arguments is None else list(arguments)))
+        code = run(sys.argv[1:] if arguments is None else list(arguments))
+    except KeyboardInterrupt:
+        print("multigraft: interrupted; nothing was saved.", file=sys.stderr)
+        code = 130
+    raise SystemExit(code)

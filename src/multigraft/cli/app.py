@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 import multigraft
+from multigraft.cli.interrupted import EXIT_CODE, Interrupted
 from multigraft.cli.quickstart import quickstart
 from multigraft.cli.quiet import hush
 from multigraft.cli.train import train
@@ -32,7 +33,12 @@ def run(arguments: Sequence[str]) -> int:
     try:
         app(args=list(arguments), prog_name="multigraft")
     except SystemExit as end:
+        if end.code == EXIT_CODE:  # typer's answer to Ctrl-C, before there was anything to save
+            print("multigraft: interrupted; nothing was saved.", file=sys.stderr)
         return end.code if isinstance(end.code, int) else int(bool(end.code))
+    except Interrupted as interrupt:
+        print(f"multigraft: interrupted; {interrupt}.", file=sys.stderr)
+        return EXIT_CODE
     except MultigraftError as error:
         print(f"multigraft: {error}", file=sys.stderr)
         return 2

@@ -16,6 +16,7 @@ def hush() -> None:
     if os.environ.get("MULTIGRAFT_VERBOSE"):
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     for name in TALKERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils import logging as chatter

@@ -16,14 +16,18 @@ from multigraft.train import OnStep, Progress
 
 PLAIN_LINES = 10
 """How many lines a run of one adapter prints where there is no terminal."""
+PLAIN_SECONDS = 30
+"""After how many seconds there is one more line, though a tenth of the run is not done."""
 PLAIN_WIDTH = 120
 """Columns where there is no terminal that has a width of its own."""
 
 
-def screen() -> Console:
-    """The console for results, on standard output."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
+def screen(*, quiet: bool = False) -> Console:
+    """The console for results, on standard output; a quiet one prints nothing."""
+    console = Console(highlight=False, quiet=quiet)
+    if console.is_terminal:
+        return console
+    return Console(highlight=False, width=PLAIN_WIDTH, quiet=quiet)
 
 
 def heading(console: Console, title: str) -> None:
@@ -81,9 +85,14 @@ def _facts(now: Progress) -> str:
 
 
 def _plain(console: Console) -> OnStep:
+    said = 0.0
+
     def show(now: Progress) -> None:
+        nonlocal said
         each = max(1, now.steps // PLAIN_LINES)
-        if now.step == 1 or now.step % each == 0 or now.step == now.steps:
+        is_due = now.step % each == 0 or now.seconds - said >= PLAIN_SECONDS
+        if now.step in (1, now.steps) or is_due:
+            said = now.seconds
             console.print(
                 f"{now.adapter}: step {now.step}/{now.steps}  {_facts(now)}",
                 markup=False,

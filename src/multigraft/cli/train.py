@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from multigraft import LoraConfig
+from multigraft.cli.interrupted import Interrupted
 from multigraft.cli.screen import duration, heading, live, screen
 from multigraft.train import SCHEDULES, FineTune, Outcome, Recipe
 
@@ -24,9 +26,10 @@ def train(
     adapter_name: Annotated[
         str, typer.Option(help="Its name; one other than `default` gets a subfolder.")
     ] = "default",
-    r: Annotated[int, typer.Option(help="Rank of the low-rank update.")] = 16,
+    rank: Annotated[int, typer.Option("--rank", "-r", help="Rank of the low-rank update.")] = 16,
     alpha: Annotated[
-        float | None, typer.Option(help="The update is scaled by alpha / r. [default: twice r]")
+        float | None,
+        typer.Option(help="The update is scaled by alpha / rank. [default: twice the rank]"),
     ] = None,
     dropout: Annotated[float, typer.Option(help="Dropout of the adapter's input.")] = 0.0,
     target_modules: Annotated[
@@ -56,6 +59,7 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an adapter that is there already.")
     ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Fine-tune a LoRA adapter on prompt/completion or chat data; the base stays as it is.
 
@@ -70,8 +74,8 @@ def train(
         data=data,
         output=str(output),
         config=LoraConfig(
-            r=r,
-            lora_alpha=2 * r if alpha is None else alpha,
+            r=rank,
+            lora_alpha=2 * rank if alpha is None else alpha,
             lora_dropout=dropout,
             target_modules=_targets(target_modules),
             task_type="CAUSAL_LM",
@@ -94,7 +98,7 @@ def train(
         skip_bad=skip_bad_lines,
         overwrite=overwrite,
     )
-    console, start = screen(), time.monotonic()
+    console, start = screen(quiet=quiet), time.monotonic()
     outcome = _run(console, job)
     _summary(console, job, outcome, time.monotonic() - start)
 
@@ -102,7 +106,7 @@ def train(
 def _targets(text: str) -> list[str] | str:
     """A list of names when there are only names and commas in it, otherwise an expression."""
     names = [name.strip() for name in text.split(",")]
-    if text != "all-linear" and all(name.replace("_", "").isalnum() for name in names):
+    if text != "all-linear" and all(re.fullmatch(r"[\w.-]+", name) for name in names):
         return names
     return text
 
@@ -123,8 +127,11 @@ def _run(console: Console, job: FineTune) -> Outcome:
             f"[yellow]{ready.cut} examples are longer than {job.max_length} tokens and were cut[/]"
         )
     console.print()
-    with live(console, [job.adapter]) as on_step:
-        return ready.run(on_step)
+    try:
+        with live(console, [job.adapter]) as on_step:
+            return ready.run(on_step)
+    except KeyboardInterrupt:
+        raise Interrupted(ready.rescue()) from None
 
 
 def _summary(console: Console, job: FineTune, outcome: Outcome, seconds: float) -> None:
@@ -143,8 +150,9 @@ def _summary(console: Console, job: FineTune, outcome: Outcome, seconds: float) 
     console.print(f"saved in     {escape(str(outcome.folder))}")
     heading(console, "Load it")
     console.print(
-        "from multigraft import PeftModel  # or: from peft import PeftModel\n"
-        f"base = transformers.AutoModelForCausalLM.from_pretrained({job.model!r})\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "from multigraft import PeftModel  # or: from peft import PeftModel\n\n"
+        f"base = AutoModelForCausalLM.from_pretrained({job.model!r})\n"
         f"model = PeftModel.from_pretrained(base, {str(outcome.folder)!r})",
         markup=False,
         soft_wrap=True,

@@ -18,7 +18,7 @@ from typing import Any
 from multigraft.errors import DataError, did_you_mean
 
 ROLES = ("system", "user", "assistant", "tool")
-SHOWN = 20
+SHOWN = 10
 """How many bad lines an error message lists; the report holds them all."""
 
 
@@ -52,7 +52,7 @@ class BadLine:
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.why}. {self.remedy}"
+        return f"{self.file}:{self.line}: {self.why}. {self.remedy}."
 
 
 @dataclass
@@ -77,11 +77,25 @@ class Records:
 
 
 def report(bad: list[BadLine], good: int) -> str:
-    """A message that lists the bad lines, the first `SHOWN` of them in full."""
-    lines = [str(b) for b in bad[:SHOWN]]
-    if len(bad) > SHOWN:
-        lines.append(f"… and {len(bad) - SHOWN} more.")
-    return "\n".join([f"{len(bad)} of {len(bad) + good} lines cannot be used:", *lines])
+    """A message about the bad lines: one alone in a line, several listed, up to `SHOWN` of them.
+
+    What is wrong with many lines in the same way is said once, at the first of them.
+    """
+    alike: dict[tuple[str, str, str], list[BadLine]] = {}
+    for line in bad:
+        alike.setdefault((line.file, line.why, line.remedy), []).append(line)
+    lines = [_told(group) for group in alike.values()]
+    count = f"{len(bad)} of {len(bad) + good} lines cannot be used"
+    if len(lines) == 1:
+        return f"{lines[0]} ({count}.)"
+    more = [f"… and {len(lines) - SHOWN} more."] if len(lines) > SHOWN else []
+    return "\n".join([f"{count}:", *lines[:SHOWN], *more])
+
+
+def _told(alike: list[BadLine]) -> str:
+    first, others = alike[0], len(alike) - 1
+    also = f" (and {others} more like it)" if others else ""
+    return f"{first.file}:{first.line}{also}: {first.why}. {first.remedy}."
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> Records:

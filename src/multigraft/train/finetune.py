@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,6 +84,7 @@ class FineTune:
             bad += coded.bad
             cut += coded.cut
         base = load_model(self.model, dtype=self.dtype, device=self.device)
+        _check_lengths([e for examples, _ in sets for e in examples], base, self.max_length)
         model = attach(base, self.config, self.adapter, self.recipe.seed)
         lane = Lane(model, self.adapter, sets[0][0], self.recipe, pad_token(tokenizer))
         held_out = Measure(*sets[1], tokenizer) if self.eval_data else None
@@ -144,9 +145,10 @@ class Prepared:
     held_out: Measure | None
     bad: Sequence[BadLine]
     cut: int
+    is_saved: bool = False
 
     def run(self, on_step: OnStep | None = None) -> Outcome:
-        """Train, evaluate, save.
+        """Train, save, evaluate.
 
         Raises:
             TrainingError: training diverged; nothing was saved.
@@ -154,12 +156,34 @@ class Prepared:
         """
         before = self._measure()
         losses = train(self.model, self.lane, on_step)
+        self.save()
         after = self._measure()
-        self.model.save_pretrained(self.job.output, selected_adapters=[self.job.adapter])
         if before is None or after is None:
             return Outcome(losses, self.job.folder)
         pairs = list(zip(before, after, strict=True))
         return Outcome(losses, self.job.folder, pairs[0], pairs[1])
+
+    def save(self) -> None:
+        """Write the adapter as it is now."""
+        self.model.save_pretrained(self.job.output, selected_adapters=[self.job.adapter])
+        self.is_saved = True
+
+    def rescue(self) -> str:
+        """After an interrupt: save what was learned where nothing is replaced; says what is where.
+
+        Raises:
+            CheckpointError: the disk refuses the adapter.
+        """
+        folder, lane = self.job.folder, self.lane
+        made = f"{lane.step} of {lane.steps} steps"
+        if self.is_saved:
+            return f"the adapter is saved in {folder}; only the evaluation is missing"
+        if not lane.step:
+            return "no step was made, and nothing was saved"
+        if (folder / CONFIG_NAME).exists():
+            return f"{folder} still holds the older adapter; the {made} that were made are lost"
+        self.save()
+        return f"the adapter as it was after {made} is saved in {folder}"
 
     @property
     def base(self) -> nn.Module:
@@ -176,14 +200,31 @@ def _ends_with_answer(record: Record) -> bool:
     return not isinstance(record, Chat) or record.messages[-1]["role"] == "assistant"
 
 
+def _check_lengths(examples: Sequence[Encoded], base: nn.Module, max_length: int) -> None:
+    """Fail when an example has more tokens than the model has positions for."""
+    limit = getattr(getattr(base, "config", None), "max_position_embeddings", None)
+    longest = max(len(example.ids) for example in examples)
+    if limit and longest > limit:
+        raise TrainingError(
+            f"the longest example has {longest} tokens and the model takes {limit}. Lower "
+            f"`max_length` (={max_length}) to that, and longer examples are cut."
+        )
+
+
 def _check_output(folder: Path, overwrite: bool) -> None:
     if (folder / CONFIG_NAME).exists() and not overwrite:
         raise TrainingError(
             f"{folder} holds an adapter already. Choose another output directory or adapter name, "
-            "or allow it to be overwritten."
+            "or replace it with --overwrite (overwrite=True)."
         )
     nearest = next(p for p in (folder, *folder.parents) if p.exists())
     if not nearest.is_dir():
         raise TrainingError(f"{nearest} is a file; the output must be a directory.")
-    if not os.access(nearest, os.W_OK):
-        raise TrainingError(f"{nearest} cannot be written to. Choose another output directory.")
+    try:
+        # Asking for permission is not enough: full and special file systems grant it and refuse.
+        with tempfile.NamedTemporaryFile(dir=nearest) as probe:
+            probe.write(b"probe")
+    except OSError as error:
+        raise TrainingError(
+            f"{nearest} cannot be written to ({error.strerror}). Choose another output directory."
+        ) from error

@@ -15,6 +15,7 @@ from multigraft.errors import TrainingError
 from multigraft.model import PeftModel
 from multigraft.train.batches import Batch, Order, collate
 from multigraft.train.encode import Encoded
+from multigraft.train.interrupt import uninterrupted
 from multigraft.train.recipe import Recipe
 
 
@@ -77,6 +78,8 @@ class Lane:
     def update(self) -> float:
         """One optimiser step on the gradients that are there; returns their norm before clipping.
 
+        Ctrl-C waits until the step is whole.
+
         Raises:
             TrainingError: a gradient is not finite; the adapter was not changed.
         """
@@ -87,11 +90,12 @@ class Lane:
                 f"adapter `{self.adapter}`, step {self.step + 1} of {self.steps}: the gradient is "
                 f"not finite. Lower the learning rate (={self.recipe.lr:g}), or train in float32."
             )
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
+        with uninterrupted():
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.step += 1
         return norm
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from multigraft.auto import get_peft_model
-from multigraft.config import PeftConfig
+from multigraft.config import CONFIG_NAME, PeftConfig
 from multigraft.errors import CheckpointError, ConfigError, MissingExtraError, did_you_mean
 from multigraft.model import PeftModel
 from multigraft.train.loop import seeded
@@ -74,7 +77,9 @@ def load_model(
     place = pick_device(device)
     kind = pick_dtype(dtype, place)
     transformers = _transformers()
-    model = _fetch(source, "model", transformers.AutoModelForCausalLM.from_pretrained, dtype=kind)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model, found = _fetch(source, "model", load, dtype=kind, output_loading_info=True)
+    _refuse_random(source, found)
     model.to(place).eval()
     return model
 
@@ -117,14 +122,40 @@ def _fetch(source: str | os.PathLike[str], what: str, load: Any, **options: Any)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.isabs(name)
     if looks_local and not Path(name).expanduser().is_dir():
         raise CheckpointError(f"{name}: there is no such directory to read a {what} from.")
-    try:
-        return load(os.path.expanduser(name) if looks_local else name, **options)
-    except (OSError, ValueError, KeyError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    folder = Path(name).expanduser()
+    if (folder / CONFIG_NAME).is_file():
         raise CheckpointError(
-            f"{name}: no {what} could be read from there ({first}). Give a directory that "
-            "save_pretrained() wrote, or the id of a causal language model on the hub."
+            f"{name} holds an adapter, not a base model. Give the base that it was trained on"
+            f"{_base_named_in(folder / CONFIG_NAME)}."
+        )
+    try:
+        return load(str(folder) if folder.exists() else name, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        where = "" if folder.exists() else ", which is no local directory"
+        raise CheckpointError(
+            f"{name}: no {what} could be read from there{where} ({first.rstrip('.')}). Give a "
+            "directory that save_pretrained() wrote, or the id of a causal language model on the "
+            "hub."
         ) from error
+
+
+def _refuse_random(source: str | os.PathLike[str], found: Mapping[str, Any]) -> None:
+    """Fail when the checkpoint lacks weights, which would stay at random values."""
+    missing = sorted(found.get("missing_keys") or ())
+    if missing:
+        raise CheckpointError(
+            f"{os.fspath(source)} lacks {len(missing)} of the model's weights ({missing[0]}, …), "
+            "which would be random. Is it a causal language model, and complete?"
+        )
+
+
+def _base_named_in(config: Path) -> str:
+    try:
+        base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return f": {base}" if base else ""
 
 
 def _transformers() -> Any:

@@ -11,6 +11,7 @@ import torch
 
 from multigraft.errors import StateError, TrainingError
 from multigraft.model import PeftModel
+from multigraft.train.batches import Batch
 from multigraft.train.lane import Lane, learned_tokens, row_losses
 
 
@@ -67,11 +68,9 @@ def train(model: PeftModel, lane: Lane, on_step: OnStep | None = None) -> list[f
     with _training(model, lane), seeded(lane.recipe.seed, device):
         while not lane.is_done:
             batch, lr = lane.batch().to(device), lane.lr
-            logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
-            loss = row_losses(logits, batch.labels).sum() / max(1, learned_tokens(batch.labels))
-            losses.append(_finite(float(loss.detach()), lane))
-            loss.backward()
-            norm = lane.update()
+            with _enough_memory(lane):
+                losses.append(_gradients(model, lane, batch))
+                norm = lane.update()
             tokens += batch.tokens
             if on_step is not None:
                 seconds = time.monotonic() - start
@@ -87,6 +86,26 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
+
+
+def _gradients(model: PeftModel, lane: Lane, batch: Batch) -> float:
+    """Give the lane's parameters the batch's gradients; the mean loss over its learned tokens."""
+    logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
+    loss = row_losses(logits, batch.labels).sum() / max(1, learned_tokens(batch.labels))
+    value = _finite(float(loss.detach()), lane)
+    loss.backward()
+    return value
+
+
+@contextmanager
+def _enough_memory(lane: Lane) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"adapter `{lane.adapter}`, step {lane.step + 1} of {lane.steps}: the device is out of "
+            f"memory. Lower `batch_size` (={lane.recipe.batch_size}) or the length of the examples."
+        ) from error
 
 
 @contextmanager
