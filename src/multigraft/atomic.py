@@ -1,44 +1,187 @@
-"""Writing files so that a reader sees the old one or the new one, never half of either."""
+"""Writing files so that readers see the old ones or the new ones, never half of either.
+
+    folder/.saving-x1y2z3/   the new files, written and flushed; its lock is held by a live writer
+    folder/                  then every new file is renamed into place, and the old ones come back
+                             when one of these renames fails
+
+A writer that is killed leaves a staging folder that nothing reads; the next one there removes it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import IO
+
+from multigraft.errors import CheckpointError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where what killed writers left stays
+    fcntl = None  # type: ignore[assignment]
+
+PREFIX = ".saving-"
+NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
+"""How file systems say that a folder is nothing to flush."""
 
 
-def write_files(files: dict[Path, Callable[[Path], None]]) -> None:
-    """Write every file beside its place, flush them all, then rename them all.
+def write_files(files: Mapping[Path, Callable[[Path], None]]) -> None:
+    """Write every file aside, flush them all, then put all in place; or leave what was there.
 
-    Each writer is given the temporary path to fill. A failure before the renames (a full disk, an
-    interrupt) leaves what was there before and removes what was begun.
+    Folders that are missing are made, and removed again after a failure.
+
+    Args:
+        files: targets to writers, each of which fills the path that it is given.
+
+    Raises:
+        CheckpointError: the disk refuses.
     """
-    staged: list[tuple[Path, Path]] = []
     try:
-        for target, writer in files.items():
-            handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-            os.close(handle)
-            staged.append((Path(name), target))
-            writer(Path(name))
-            _flush(Path(name))
-            os.chmod(name, 0o666 & ~_umask())
-        for temporary, target in staged:
-            os.replace(temporary, target)
-        _flush_directories({target.parent for _, target in staged})
-    except BaseException:
-        for temporary, _ in staged:
-            temporary.unlink(missing_ok=True)
-        raise
+        _write_all(files)
+    except OSError as error:
+        raise CheckpointError(
+            f"{next(iter(files)).parent}: nothing could be saved ({error}). Files that were there "
+            "before are unchanged; free some space or choose another directory."
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
     """Write one text file atomically, in UTF-8."""
-    write_files({path: lambda p: _put(p, text)})
+    write_files({path: lambda p: write_utf8(p, text)})
 
 
-def _put(path: Path, text: str) -> None:
+def write_utf8(path: Path, text: str) -> None:
+    """Write a text file in place."""
     path.write_text(text, encoding="utf-8")
+
+
+def _write_all(files: Mapping[Path, Callable[[Path], None]]) -> None:
+    made = _make_folders(target.parent for target in files)
+    stages: dict[Path, Stage] = {}
+    try:
+        for target, writer in files.items():
+            if target.parent not in stages:
+                stages[target.parent] = Stage(target.parent)
+            stages[target.parent].write(target.name, writer)
+        for target in files:
+            stages[target.parent].put_in_place(target.name)
+        for folder in stages:
+            _flush_folder(folder)
+    except BaseException:
+        for stage in stages.values():
+            stage.put_back()
+            stage.remove()
+        for folder in reversed(made):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+    for stage in stages.values():
+        stage.remove()
+
+
+class Stage:
+    """A folder beside the targets that holds the new files, and the old ones while they go.
+
+    Its files have numbers for names, so that nobody takes it for a folder of adapters.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        _sweep(folder)
+        self.folder = folder
+        self.numbers: dict[str, int] = {}
+        self.replaced: list[str] = []
+        self.lock: IO[bytes] | None = None
+        self.place = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))
+        try:
+            self.lock = _lock(self.place / "lock")
+        except BaseException:
+            self.remove()
+            raise
+
+    def write(self, name: str, writer: Callable[[Path], None]) -> None:
+        """Write and flush one new file, and keep a second name of the one that it will replace."""
+        self.numbers[name] = len(self.numbers)
+        writer(self._new(name))
+        _flush(self._new(name))
+        os.chmod(self._new(name), 0o666 & ~_umask())
+        if os.path.lexists(self.folder / name):
+            _link(self.folder / name, self._old(name))
+
+    def put_in_place(self, name: str) -> None:
+        """Rename the new file to its target."""
+        os.replace(self._new(name), self.folder / name)
+        self.replaced.append(name)
+
+    def put_back(self) -> None:
+        """Give replaced targets their old files again."""
+        for name in reversed(self.replaced):
+            if os.path.lexists(self._old(name)):
+                os.replace(self._old(name), self.folder / name)
+            else:
+                (self.folder / name).unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Take the folder away; what is in place stays."""
+        if self.lock is not None:
+            self.lock.close()
+        shutil.rmtree(self.place, ignore_errors=True)
+
+    def _new(self, name: str) -> Path:
+        return self.place / f"{self.numbers[name]}"
+
+    def _old(self, name: str) -> Path:
+        return self.place / f"{self.numbers[name]}.old"
+
+
+def _make_folders(folders: Iterable[Path]) -> list[Path]:
+    """Make these folders and their parents; those that were made, parents first."""
+    made: list[Path] = []
+    try:
+        for folder in folders:
+            missing = [f for f in (folder, *folder.parents) if not f.exists()]
+            for each in reversed(missing):
+                each.mkdir(exist_ok=True)
+                made.append(each)
+            if not folder.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, "not a directory", str(folder))
+    except BaseException:
+        for each in reversed(made):
+            each.rmdir()
+        raise
+    return made
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the staging folders of writers that are dead: nobody holds their locks."""
+    for left in folder.glob(f"{PREFIX}*/lock") if fcntl else ():
+        with contextlib.suppress(OSError), open(left, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left.parent, ignore_errors=True)
+
+
+def _lock(path: Path) -> IO[bytes] | None:
+    """An open file whose lock the system drops when this process ends, however it ends."""
+    if fcntl is None:
+        return None
+    # Locked under another name first: a sweep must never find it free.
+    file = open(path.with_suffix(".new"), "wb")  # noqa: SIM115 - open as long as the writer lives
+    with contextlib.suppress(OSError):  # file systems without locks are swept by nobody
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.replace(file.name, path)
+    return file
+
+
+def _link(path: Path, second: Path) -> None:
+    """A second name for a file, or a copy where the file system has no such thing."""
+    try:
+        os.link(path, second, follow_symlinks=False)
+    except (OSError, NotImplementedError):
+        shutil.copy2(path, second, follow_symlinks=False)
 
 
 def _flush(path: Path) -> None:
@@ -46,14 +189,17 @@ def _flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _flush_directories(folders: set[Path]) -> None:
-    for folder in folders:
-        if hasattr(os, "O_DIRECTORY"):
-            descriptor = os.open(folder, os.O_DIRECTORY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+def _flush_folder(folder: Path) -> None:
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FLUSH:
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _umask() -> int:

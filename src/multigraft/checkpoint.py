@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from multigraft.atomic import write_files, write_text
+from multigraft.atomic import write_files, write_utf8
 from multigraft.config import CONFIG_NAME, PeftConfig
 from multigraft.errors import CheckpointError, MissingExtraError
 from multigraft.keys import full_key, memory_name, saved_tensors, strip_prefix
@@ -102,50 +103,26 @@ def adapter_state(
     return state
 
 
-def save(directory: Path, config: PeftConfig, state: Mapping[str, Tensor]) -> None:
-    """Write one adapter's two files into ``directory``, both or neither.
+def save(root: Path, adapters: dict[Path, tuple[PeftConfig, dict[str, Tensor]]]) -> None:
+    """Write each adapter's two files into its directory, and a model card: all of them or none.
 
     Args:
-        state: tensors by key relative to the base model.
+        root: where the card goes, unless the user has one there.
+        adapters: directories to config and tensors by key relative to the base model.
 
     Raises:
         CheckpointError: a tensor has no values, or the disk refuses; old files stay as they were.
     """
-    tensors = {full_key(key): _for_disk(key, tensor) for key, tensor in state.items()}
-    text = config.to_json()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        write_files(
-            {
-                directory / WEIGHTS_NAME: lambda p: save_file(tensors, p, {"format": "pt"}),
-                directory / CONFIG_NAME: lambda p: _write_utf8(p, text),
-            }
-        )
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{directory}: the adapter could not be saved ({error}). Files that were there before "
-            "are unchanged; free some space or choose another directory."
-        ) from error
-
-
-def save_card(directory: Path, config: PeftConfig, method: str) -> None:
-    """Write a model card unless the user has one there."""
-    card = directory / "README.md"
-    if card.exists():
-        return
-    base = config.base_model_name_or_path
-    lines = ["---", *([f"base_model: {base}"] if base else []), "library_name: peft", "tags:"]
-    lines += [f"- {method.lower()}", "- multigraft", "---", "", f"# {method} adapter", ""]
-    lines += [
-        f"An adapter for `{base or 'an unnamed base'}`, saved by Multigraft in PEFT's format.",
-        "",
-    ]
-    try:
-        write_text(card, "\n".join(lines))
-    except OSError as error:
-        raise CheckpointError(
-            f"{card} could not be written ({error}). The adapter itself is saved."
-        ) from error
+    files: dict[Path, Callable[[Path], None]] = {}
+    for directory, (config, state) in adapters.items():
+        for key, tensor in state.items():
+            _require_values(key, tensor)
+        files[directory / WEIGHTS_NAME] = partial(_write_tensors, state)
+        files[directory / CONFIG_NAME] = partial(write_utf8, text=config.to_json())
+    if not os.path.lexists(root / "README.md"):
+        config, _ = next(reversed(adapters.values()))
+        files[root / "README.md"] = partial(write_utf8, text=_card(config))
+    write_files(files)
 
 
 def read(path: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]:
@@ -236,15 +213,35 @@ def locate_weights(source: str | os.PathLike[str], **where: Any) -> Path:
             raise error from None
 
 
-def _for_disk(key: str, tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
+def _card(config: PeftConfig) -> str:
+    """The text of a model card."""
+    method = str(config.peft_type)
+    base = config.base_model_name_or_path
+    lines = ["---", *([f"base_model: {base}"] if base else []), "library_name: peft", "tags:"]
+    lines += [f"- {method.lower()}", "- multigraft", "---", "", f"# {method} adapter", ""]
+    named = f"`{base}`" if base else "an unnamed base"
+    lines += [f"An adapter for {named}, saved by Multigraft in PEFT's format.", ""]
+    return "\n".join(lines)
+
+
+def _require_values(key: str, tensor: Tensor) -> None:
     if tensor.is_meta or tensor.numel() == 0:
         raise CheckpointError(
             f"`{key}` holds no values (shape {tuple(tensor.shape)} on {tensor.device}): sharded or "
             "meta tensors must be gathered before saving; pass the full state_dict=."
         )
+
+
+def _write_tensors(state: Mapping[str, Tensor], path: Path) -> None:
     # The format refuses tensors that share memory (a stand-in's tied weights, say): copies do not.
-    return tensor.to("cpu").clone(memory_format=torch.contiguous_format)
+    tensors = {
+        full_key(key): tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+        for key, tensor in state.items()
+    }
+    try:
+        save_file(tensors, path, {"format": "pt"})
+    except SafetensorError as error:  # in which it wraps what the disk says
+        raise OSError(f"{path.name}: {error}") from error
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -263,7 +260,3 @@ def _nearby(folder: Path, filename: str) -> str:
         return " There is no such directory."
     names = sorted(p.parent.name for p in folder.glob(f"*/{filename}"))
     return f" Adapters in its subfolders: {', '.join(names)} (pass subfolder=)." if names else ""
-
-
-def _write_utf8(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

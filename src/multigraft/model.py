@@ -259,18 +259,19 @@ class PeftModel(nn.Module):
             return
         root = Path(save_directory)
         if root.is_file():
-            raise CheckpointError(f"{root} is a file; `save_directory` must be a directory.")
+            raise CheckpointError(f"`save_directory` (={str(root)!r}) is a file, not a directory.")
         gathered = None
         if state_dict is not None:
             gathered = {strip_prefix(key): value for key, value in state_dict.items()}
+        adapters = {}
         for name in names:
             config = self._for_disk(self.peft_config[name])
             state = checkpoint.adapter_state(self.roster, name, gathered)
             if save_embedding_layers is True:
                 state |= embedding_weights(self.roster, name)
-            checkpoint.save(root if name == "default" else root / name, config, state)
-        if names:
-            checkpoint.save_card(root, config, str(config.peft_type))
+            adapters[root if name == "default" else root / name] = config, state
+        if adapters:
+            checkpoint.save(root, adapters)
 
     def load_adapter(
         self,
