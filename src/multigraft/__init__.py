@@ -20,6 +20,7 @@ from multigraft.errors import (
     TrainingError,
     UnsupportedError,
 )
+from multigraft.kbit import prepare_model_for_kbit_training
 from multigraft.layer import AdaptedLayer
 from multigraft.methods.hira import HiraConfig
 from multigraft.methods.ia3 import IA3Config
@@ -81,5 +82,6 @@ __all__ = [
     "get_peft_model",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
+    "prepare_model_for_kbit_training",
     "set_peft_model_state_dict",
 ]

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from multigraft import merge as merging
 from multigraft.config import PeftConfig, TargetedConfig
 from multigraft.containers import check_name
-from multigraft.errors import AdapterNameError, MultigraftWarning, StateError
+from multigraft.errors import AdapterNameError, MultigraftWarning, StateError, UnsupportedError
 from multigraft.keys import sites_in
 from multigraft.layer import AdaptedLayer
 from multigraft.methods import METHODS
 from multigraft.prepare import Prepared, prepare
+from multigraft.prompts import CONTEXTS
 from multigraft.requantisation import Loss
 from multigraft.roster import Roster
+from multigraft.storage import let_gradients_through
 from multigraft.survey import survey
 from multigraft.wrap import attach, detach, roster_of
 
@@ -39,6 +41,7 @@ class Tuner(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.training = model.training
         self.roster = roster_of(model, survey(model)) or Roster.of(model)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -120,7 +123,8 @@ class Tuner(nn.Module):
         """Make the tensors that are not given, and attach; all of it, or nothing."""
         name, config = prepared.adapter, prepared.config
         scions = prepared.grow(given, autocast_adapter_dtype, on_meta)
-        attach(self.roster, name, config, scions)
+        context = prepared.grow_context(given, autocast_adapter_dtype, on_meta)
+        attach(self.roster, name, config, scions, context)
         is_first = len(self.roster.configs) == 1
         if activate or (activate is None and is_first):
             try:
@@ -169,6 +173,8 @@ class Tuner(nn.Module):
         """Switch the model's training mode; warns when a merged adapter would be trained."""
         if mode and self.roster.merged:
             self._warn_of_merged([n for n in self.roster.merged if self.roster.trains(n)])
+        if mode and not self.training:
+            let_gradients_through(self.model)
         return super().train(mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -359,6 +365,11 @@ def inject_adapter_in_model(
         UnsupportedError: the method changes the context rather than weights.
     """
     config, base = peft_config.copy(), base_of(model)
+    if str(config.peft_type) in CONTEXTS:
+        raise UnsupportedError(
+            f"{config.peft_type} changes what the model is given, at a handle around it: there is "
+            "nothing to inject. Use get_peft_model()."
+        )
     if state_dict is not None and isinstance(config, TargetedConfig):
         known = {path for spot in survey(base) for path in spot.paths}
         prefix = METHODS[str(config.peft_type)].prefix

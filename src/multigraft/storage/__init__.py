@@ -18,6 +18,7 @@ __all__ = [
     "dense",
     "holder",
     "hooked",
+    "let_gradients_through",
     "parametrised",
     "slot_of",
     "storage_of",
@@ -45,3 +46,13 @@ def slot_of(layer: nn.Module, name: str = "weight") -> Slot:
     path, _, leaf = name.rpartition(".")
     owner = layer.get_submodule(path)
     return Slot(storage_of(owner, leaf), owner, leaf)
+
+
+def let_gradients_through(model: nn.Module) -> None:
+    """Make every weight of the model one that gradients flow through to the layer's input.
+
+    In evaluation a format may lay its weights out in a way that has no backward.
+    """
+    for module in model.modules():
+        if module._parameters.get("weight") is not None:
+            storage_of(module).make_differentiable(module)

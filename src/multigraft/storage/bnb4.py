@@ -64,8 +64,17 @@ class Bnb4(Storage):
     def give_back(self, layer: nn.Module, kept: Any, name: str = "weight") -> None:
         _put(_weight(layer, name), _state(layer, name), *kept)
 
+    def make_differentiable(self, layer: nn.Module, name: str = "weight") -> None:
+        # The packing of an evaluation has no backward: bitsandbytes would raise, or, without a
+        # bias, pass no gradient on.
+        weight, state = _weight(layer, name), _state(layer, name)
+        if getattr(state, "packing_format_for_cpu", False):
+            _put(weight, state, *_unpacked(weight.data, state))
+
     def compute_dtype(self, layer: nn.Module) -> torch.dtype | None:
-        return getattr(layer, "compute_dtype", None)
+        # As PEFT has it: what the packed data are kept in, where that is a floating dtype.
+        dtype: torch.dtype = _weight(layer, "weight").dtype
+        return dtype if dtype.is_floating_point else None
 
 
 def _weight(layer: nn.Module, name: str) -> Any:
@@ -102,13 +111,23 @@ def _dequantise(data: Tensor, state: Any) -> Tensor:
     from bitsandbytes import functional
 
     if getattr(state, "packing_format_for_cpu", False):
-        twin = copy.copy(state)
-        absmax = state.absmax.T.reshape(-1).float()
-        data, _ = functional._convert_weight_packed_for_cpu_inverse(data, twin)
-        state = functional.QuantState(
-            absmax, state.shape, state.code, state.blocksize, state.quant_type, state.original_dtype
-        )
+        data, state = _unpacked(data, state)
     return functional.dequantize_4bit(data, state)
+
+
+def _unpacked(data: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """Plain data and statistics for those of the CPU's packing; exact, and left alone.
+
+    bitsandbytes' own inverse keeps the statistics transposed, or quantises them anew.
+    """
+    from bitsandbytes import functional
+
+    twin = copy.copy(state)
+    twin.original_nested = False
+    data, _ = functional._convert_weight_packed_for_cpu_inverse(data, twin)
+    absmax = state.absmax.T.reshape(-1).float()
+    rest = (state.shape, state.code, state.blocksize, state.quant_type, state.original_dtype)
+    return data, functional.QuantState(absmax, *rest)
 
 
 STORAGES.register("bitsandbytes.nn.modules.Params4bit")(Bnb4())

@@ -66,6 +66,9 @@ class Storage:
         """Restore exactly what `keep` saw; ``kept`` stays good."""
         raise NotImplementedError(f"{type(self).__name__} must define `give_back`")
 
+    def make_differentiable(self, layer: nn.Module, name: str = "weight") -> None:
+        """Undo what the layer's evaluation did to this tensor that would stop gradients."""
+
     def compute_dtype(self, layer: nn.Module) -> torch.dtype | None:
         """The floating dtype that new adapter tensors take, or ``None`` for the default."""
         return None
@@ -97,6 +100,7 @@ def refill(old: Tensor | None, new: Tensor) -> Tensor:
 
     In place, so that addresses held elsewhere stay good.
     """
-    if old is not None and old.shape == new.shape and old.dtype == new.dtype:
+    is_fixed = old is not None and old.is_inference() and not torch.is_inference_mode_enabled()
+    if old is not None and not is_fixed and old.shape == new.shape and old.dtype == new.dtype:
         return old.copy_(new)
     return new.clone() if old is None else new.to(old.device, copy=True)
