@@ -48,6 +48,9 @@ def fingerprint(model: nn.Module) -> Fingerprint:
 
 def bits_of(tensor: Tensor) -> bytes:
     """The tensor's own bytes, so that NaN equals itself and 0.0 differs from -0.0."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        parts, _ = tensor.__tensor_flatten__()
+        return b"".join(bits_of(getattr(tensor, part)) for part in parts)
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 

@@ -65,6 +65,8 @@ class Method:
     mergeable: ClassVar[bool] = True
     identity_at_init: ClassVar[bool] = True
     """Whether a new adapter leaves the output unchanged (with the default initialisation)."""
+    has_exact_gradients: bool = True
+    """Whether gradients are those of the forward; a method may hold a part of it constant."""
     geometries: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d_transposed"})
     """Names of the geometries that it can act on."""
 

@@ -156,6 +156,7 @@ class LoRA(Method):
         if self.variant is not None:
             self.needs_weight = self.variant.needs_weight
             self.needs_base = self.variant.needs_base
+            self.has_exact_gradients = self.variant.has_exact_gradients
             refusal = refusal or self.variant.refusal(self)
         if refusal:
             raise TargetError(f"LoRA cannot adapt {site.path}: {refusal}.")

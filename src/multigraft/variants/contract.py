@@ -22,6 +22,7 @@ class Variant:
     name: ClassVar[str]
     needs_weight: ClassVar[bool] = False
     needs_base: ClassVar[bool] = False
+    has_exact_gradients: ClassVar[bool] = True
 
     @classmethod
     def selected(cls, config: Any) -> bool:
