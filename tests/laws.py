@@ -47,11 +47,15 @@ def fingerprint(model: nn.Module) -> Fingerprint:
 
 
 def bits_of(tensor: Tensor) -> bytes:
-    """The tensor's own bytes, so that NaN equals itself and 0.0 differs from -0.0."""
+    """The tensor's own bytes, so that NaN equals itself and 0.0 differs from -0.0.
+
+    Those of a quantised tensor include the statistics that it is read with.
+    """
     if hasattr(tensor, "__tensor_flatten__"):
         parts, _ = tensor.__tensor_flatten__()
         return b"".join(bits_of(getattr(tensor, part)) for part in parts)
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    own = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return own + b"".join(bits_of(part) for part in _statistics(tensor))
 
 
 def assert_side_by_side(model: nn.Module, pristine: nn.Module) -> None:
@@ -85,6 +89,17 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
     for place, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, AdaptedLayer):
             yield place, module
+
+
+def _statistics(tensor: object) -> Iterator[Tensor]:
+    """What bitsandbytes keeps beside 4-bit data: block scales, perhaps quantised themselves."""
+    held = getattr(tensor, "__dict__", {})
+    for name in ("absmax", "code", "offset"):
+        if isinstance(held.get(name), Tensor):
+            yield held[name]
+    for name in ("quant_state", "state2"):
+        if held.get(name) is not None:
+            yield from _statistics(held[name])
 
 
 def _hooks(module: nn.Module) -> list[str]:

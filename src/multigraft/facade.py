@@ -124,7 +124,9 @@ class LayerFacade:
         except AttributeError:
             if name in _PEFT_GROUPS:
                 return AdapterDict()
-            if name == "base_layer":
+            # Protocols are asked of the wrapper itself: a parametrised layer's `__deepcopy__` would
+            # make a copy of that layer alone.
+            if name == "base_layer" or name.startswith("__"):
                 raise
             # Parents read attributes of their layers: sizes, dtypes, flags of quantisers.
             return getattr(self._standing(), name)
