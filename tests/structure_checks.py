@@ -24,7 +24,8 @@ FOUNDATIONS = {
     "errors": (),
     "registry": ("errors",),
     "defaults": ("errors",),
-    "config": ("errors", "registry", "atomic", "checkpoint"),
+    "fields": ("errors",),
+    "config": ("errors", "registry", "fields", "atomic", "checkpoint"),
     "site": ("bases", "storage"),
 }
 """What every layer may import, and all that each of these may import itself: none reaches the

@@ -14,18 +14,25 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
 
 from multigraft.errors import ConfigError, MultigraftWarning, did_you_mean
+from multigraft.fields import (
+    FORMAT_VERSION,
+    check_indices,
+    check_regex,
+    is_newer,
+    is_unset,
+    name_list,
+    plain,
+)
 from multigraft.registry import Registry
 
 CONFIG_NAME = "adapter_config.json"
-FORMAT_VERSION = "0.21.2"
-"""The PEFT release whose file format we write; readers compare it with their own version."""
 
 
 class PeftType(str, Enum):
@@ -98,6 +105,8 @@ class PeftConfig:
     inference_mode: bool = False
 
     _not_saved: ClassVar[frozenset[str]] = frozenset()
+    _ours_only: ClassVar[frozenset[str]] = frozenset()
+    """Fields that PEFT's config lacks: left out of the file while None, for its readers' sake."""
     _unbuilt: ClassVar[Mapping[str, Any]] = {}
     """Fields of PEFT's config that are not built, with the only value that is accepted."""
 
@@ -117,7 +126,7 @@ class PeftConfig:
             raise ConfigError(f"`task_type` (={self.task_type!r}) must be one of {known}, or None.")
         for name, neutral in self._unbuilt.items():
             value = getattr(self, name)
-            if not _is_unset(value, neutral):
+            if not is_unset(value, neutral):
                 raise ConfigError(
                     f"{type(self).__name__}: `{name}` (={value!r}) is an option of PEFT that "
                     f"Multigraft does not have yet. Leave it at {neutral!r}, or use PEFT for it."
@@ -136,7 +145,8 @@ class PeftConfig:
         """Every field that goes into the file, with plain values; unknown keys come along."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values |= self.extra
-        return {k: _plain(v) for k, v in values.items() if k not in self._not_saved}
+        hidden = self._not_saved | {k for k in self._ours_only if values[k] is None}
+        return {k: plain(v) for k, v in values.items() if k not in hidden}
 
     def to_json(self) -> str:
         """The text of ``adapter_config.json``: sorted keys, indent 2, frozen for inference."""
@@ -170,11 +180,13 @@ class PeftConfig:
         known = {f.name for f in dataclasses.fields(klass)}
         config = klass(**{k: v for k, v in values.items() if k in known})
         config.extra = {k: v for k, v in values.items() if k not in known}
-        if config.extra:
+        version = values.get("peft_version")
+        if config.extra or is_newer(version):
             names = ", ".join(f"`{k}`" for k in sorted(config.extra))
+            unknown = f": unknown keys {names} are kept but have no effect here" if names else ""
             warnings.warn(
-                f"{CONFIG_NAME}: unknown keys {names} (written by version "
-                f"{values.get('peft_version')!r}) are kept but have no effect here.",
+                f"{CONFIG_NAME} was written by version {version!r}; Multigraft follows "
+                f"{FORMAT_VERSION!r}{unknown}. Compare outputs with what wrote it.",
                 MultigraftWarning,
                 stacklevel=2,
             )
@@ -216,7 +228,7 @@ class TargetedConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.target_modules = _names("target_modules", self.target_modules)
+        self.target_modules = name_list("target_modules", self.target_modules)
         names = [self.target_modules] if isinstance(self.target_modules, str) else None
         names = [n.lower() for n in names or self.target_modules or []]  # any case, as in PEFT
         if names == ["all-linear"]:
@@ -226,28 +238,28 @@ class TargetedConfig(PeftConfig):
                 '`target_modules`: "all-linear" stands alone, not in a list with other names. '
                 'Write target_modules="all-linear", or list the names.'
             )
-        self.exclude_modules = _names("exclude_modules", self.exclude_modules)
+        self.exclude_modules = name_list("exclude_modules", self.exclude_modules)
         saved = self.modules_to_save
         self.modules_to_save = (
-            [saved] if isinstance(saved, str) else _names("modules_to_save", saved)
+            [saved] if isinstance(saved, str) else name_list("modules_to_save", saved)
         )
-        _check_indices(self.layers_to_transform)
+        check_indices(self.layers_to_transform)
         pattern = self.layers_pattern
         for expression in [pattern] if isinstance(pattern, str) else pattern or []:
-            _check_regex("layers_pattern", expression)
+            check_regex("layers_pattern", expression)
         if pattern and self.layers_to_transform is None:
             raise ConfigError(
                 f"`layers_pattern` (={pattern!r}) needs indices in `layers_to_transform`."
             )
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
-            _check_regex("target_modules", self.target_modules)
+            check_regex("target_modules", self.target_modules)
             if self.layers_to_transform is not None:
                 raise ConfigError(
                     "`layers_to_transform` cannot be combined with a regular expression in "
                     f"`target_modules` (={self.target_modules!r}): put the indices into it."
                 )
         if isinstance(self.exclude_modules, str):
-            _check_regex("exclude_modules", self.exclude_modules)
+            check_regex("exclude_modules", self.exclude_modules)
 
 
 @dataclass
@@ -312,7 +324,7 @@ def check_patterns(where: str, name: str, patterns: Any) -> dict[str, Any]:
     require(is_table, where, name, patterns, "a dictionary from module patterns to values")
     for pattern in patterns or {}:
         require(isinstance(pattern, str), where, name, patterns, "keyed by strings")
-        _check_regex(name, pattern)
+        check_regex(name, pattern)
     return dict(patterns or {})
 
 
@@ -334,62 +346,6 @@ def check_choice(where: str, name: str, value: str, choices: tuple[str, ...]) ->
             f"{where}: `{name}` (={value!r}) must be one of {', '.join(map(repr, choices))}."
             + did_you_mean(str(value), choices)
         )
-
-
-def _names(field_name: str, value: Any) -> Any:
-    """A list of strings in a stable order, a string, or None."""
-    if value is None or isinstance(value, str):
-        return value
-    names = list(value) if isinstance(value, Iterable) else None
-    if names is None or not all(isinstance(n, str) and n for n in names):
-        raise ConfigError(
-            f"`{field_name}` (={value!r}) must be a list of non-empty strings, or a string."
-        )
-    return sorted(set(names)) if isinstance(value, (set, frozenset)) else list(dict.fromkeys(names))
-
-
-def _check_indices(value: Any) -> None:
-    indices = value if isinstance(value, (list, tuple, set)) else [] if value is None else [value]
-    for index in indices:
-        if not isinstance(index, int) or isinstance(index, bool) or index < 0:
-            raise ConfigError(
-                f"`layers_to_transform` (={value!r}) must hold indices of layers: integers from 0."
-            )
-
-
-def _check_regex(field_name: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        remedy = f"Where it is meant literally, write {re.escape(pattern)!r}."
-        if field_name in ("target_modules", "exclude_modules"):
-            remedy = f"To name modules, give a list: [{pattern!r}]."
-        raise ConfigError(
-            f"`{field_name}` (={pattern!r}) is read as a regular expression and is not one "
-            f"({error}). {remedy}"
-        ) from error
-
-
-def _is_unset(value: Any, neutral: Any) -> bool:
-    """Whether an option is off; a table of flags (or an object of them) is, when none is set."""
-    if not value or value == neutral:
-        return True
-    flags = _plain(value) if isinstance(neutral, Mapping) and neutral else None
-    return isinstance(flags, Mapping) and not any(flags.values())
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {k: _plain(v) for k, v in dataclasses.asdict(value).items()}
-    return value
 
 
 __all__ = ["CONFIGS", "CONFIG_NAME", "PeftConfig", "PeftType", "TargetedConfig", "TaskType"]

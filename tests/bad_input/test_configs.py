@@ -203,13 +203,37 @@ def test_unknown_keys_of_a_file_are_kept_named_and_written_back(tmp_path: Path) 
     assert written["other"] is None
 
 
+@pytest.mark.parametrize("version", ["0.22.0", "1.0", "0.21.3.dev0", "10"])
+def test_a_file_of_a_newer_version_says_so_even_if_every_key_is_known(
+    version: str, tmp_path: Path
+) -> None:
+    get_peft_model(nets.net(), LoraConfig(r=2, target_modules=["up"])).save_pretrained(tmp_path)
+    rewrite(tmp_path, {"peft_version": version})
+    with pytest.warns(MultigraftWarning) as caught:
+        PeftModel.from_pretrained(nets.net(), tmp_path)
+    (warning,) = caught
+    assert f"was written by version '{version}'; Multigraft follows '0.21.2'" in str(
+        warning.message
+    )
+
+
+@pytest.mark.parametrize("version", ["0.21.2", "0.21.2.dev0", "0.9.1@abc", None, "unknown"])
+@pytest.mark.filterwarnings("error::multigraft.MultigraftWarning")
+def test_a_file_of_this_or_an_older_version_gives_no_warning(
+    version: str | None, tmp_path: Path
+) -> None:
+    get_peft_model(nets.net(), LoraConfig(r=2, target_modules=["up"])).save_pretrained(tmp_path)
+    rewrite(tmp_path, {"peft_version": version})
+    assert PeftModel.from_pretrained(nets.net(), tmp_path).peft_config["default"].r == 2
+
+
 @pytest.mark.parametrize(
     ("values", "drop", "error", "words"),
     [
         ({}, ("peft_type",), ConfigError, "has no `peft_type`"),
         ({"peft_type": None}, (), ConfigError, "has no `peft_type`"),
         ({"peft_type": "LORAX"}, (), UnsupportedError, "`LORAX` is unknown. Nearest: `LORA`"),
-        ({"peft_type": "PROMPT_TUNING"}, (), UnsupportedError, "`PROMPT_TUNING` is unknown"),
+        ({"peft_type": "XLORA"}, (), UnsupportedError, "`XLORA` is unknown. Nearest: `LORA`"),
         ({"peft_type": 7}, (), UnsupportedError, "`7` is unknown"),
         ({"r": -1}, (), ConfigError, "`r` (=-1) must be an integer of at least 1"),
         ({"target_modules": None}, (), TargetError, "target_modules"),
