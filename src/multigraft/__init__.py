@@ -30,6 +30,8 @@ from multigraft.methods.lora import LoraConfig
 from multigraft.methods.oft import OFTConfig
 from multigraft.methods.vera import VeraConfig
 from multigraft.model import PeftModel
+from multigraft.prompts.config import PromptLearningConfig
+from multigraft.prompts.prompt_tuning import PromptTuningConfig, PromptTuningInit
 from multigraft.state import get_peft_model_state_dict, set_peft_model_state_dict
 from multigraft.status import get_layer_status, get_model_status
 from multigraft.tasks import (
@@ -69,6 +71,9 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "PromptLearningConfig",
+    "PromptTuningConfig",
+    "PromptTuningInit",
     "RoutingError",
     "StateError",
     "TargetError",

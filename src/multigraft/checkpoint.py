@@ -100,7 +100,8 @@ def adapter_state(
                 state[key] = gathered[memory_name(graft, name)]
             else:
                 state[key] = graft.params[name]
-    return state
+    context = roster.context_of(adapter)
+    return state if context is None else state | context.saved()
 
 
 def save(root: Path, adapters: dict[Path, tuple[PeftConfig, dict[str, Tensor]]]) -> None:

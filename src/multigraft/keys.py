@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 
+from multigraft.config import PeftConfig
 from multigraft.containers import escape
 from multigraft.graft import Graft
 from multigraft.layer import AdaptedLayer
@@ -23,20 +24,32 @@ def strip_prefix(key: str) -> str:
 
 
 def full_key(key: str) -> str:
-    """A key as the file has it: below the base model, or of the adapter as a whole."""
-    return key if key.startswith("base_model.") else PREFIX + key
+    """A key as the file has it: below the base model, or of the adapter as a whole.
+
+    What lies below the base model has a path, so a name without one is of the adapter as a whole.
+    """
+    return key if key.startswith("base_model.") or "." not in key else PREFIX + key
 
 
-def disk_names(site: Site, name: str, is_beside_main: bool) -> str:
+def disk_names(
+    site: Site, name: str, is_beside_main: bool, config: PeftConfig | None = None
+) -> str:
     """Key of a tensor relative to the base model; one of the whole adapter is absolute.
 
     A bias of a layer that the same adapter also adapts is ``<path>.base_layer.bias`` in PEFT's
     files, that of any other layer ``<path>.bias``.
+
+    Args:
+        config: the adapter's. What prompt learning saves of the base lies in PEFT's files one
+            level higher, since there no tuner stands between the handle and the base.
     """
     if name.startswith("base_model."):
         return name
     infix = "base_layer." if site.parameter is not None and is_beside_main else ""
-    return f"{site.path}.{infix}{name}"
+    key = f"{site.path}.{infix}{name}"
+    if config is not None and config.is_prompt_learning:
+        return strip_prefix(f"base_model.{key}")
+    return key
 
 
 def saved_tensors(layer: AdaptedLayer, adapter: str) -> Iterator[tuple[str, Graft, str]]:
@@ -46,7 +59,8 @@ def saved_tensors(layer: AdaptedLayer, adapter: str) -> Iterator[tuple[str, Graf
     for graft in grafts:
         for name, spec in graft.specs().items():
             if spec.saved:
-                yield disk_names(graft.site, spec.on_disk or name, has_main), graft, name
+                config = graft.method.config
+                yield disk_names(graft.site, spec.on_disk or name, has_main, config), graft, name
 
 
 def memory_name(graft: Graft, name: str) -> str:

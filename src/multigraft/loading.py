@@ -99,10 +99,13 @@ def _overwrite(
     """
     roster, adapter = tuner.roster, prepared.adapter
     current = {k: tuple(t.shape) for k, t in checkpoint.adapter_state(roster, adapter).items()}
-    if current != prepared.expected():
-        flags = {p.requires_grad for _, g in roster.grafts(adapter) for p in g.parameters()}
+    context = roster.context_of(adapter)
+    is_other = type(context) is not (prepared.context or type(None))
+    if is_other or (context and not context.is_flat) or current != prepared.expected():
+        flags = {p.requires_grad for p in roster.parameters(adapter)}
         scions = prepared.grow(values, autocast, on_meta=False)
-        exchange(roster, adapter, prepared.config, scions)
+        fresh_context = prepared.grow_context(values, autocast, on_meta=False)
+        exchange(roster, adapter, prepared.config, scions, fresh_context)
         roster.set_requires_grad([adapter], True in flags)
         return
     fresh = {(n.site.path, n.method.name, n.site.parameter): m for n, m in prepared.parts}
@@ -114,6 +117,8 @@ def _overwrite(
     for graft, method in pairs:
         method.site = graft.site
         graft.method = method
+    if context is not None:
+        context.config = prepared.config
     roster.configs[adapter] = prepared.config
 
 

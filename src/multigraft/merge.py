@@ -56,6 +56,7 @@ def merge(
     names = roster.require(names)
     if not roster.enabled:
         raise StateError("adapters are disabled; leave disable_adapter() before merging.")
+    _refuse_contexts(roster, names)
     again = [n for n in names if n in roster.merged]
     if again:
         raise StateError(f"adapters {again} are merged already; unmerge_adapter() takes them out.")
@@ -80,6 +81,17 @@ def merge(
         raise
     report(losses)
     return losses
+
+
+def _refuse_contexts(roster: Roster, names: Sequence[str]) -> None:
+    for name in names:
+        context = roster.context_of(name)
+        if context is not None:
+            raise UnsupportedError(
+                f"adapter `{name}` is a {context.name}: it changes what the model is given and no "
+                "weight, so there is nothing to merge. Name the weight adapters: "
+                "adapter_names=[...]."
+            )
 
 
 def unmerge(roster: Roster, names: Sequence[str] | None = None) -> None:

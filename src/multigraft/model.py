@@ -7,7 +7,6 @@ classes' small differences.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -16,11 +15,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from multigraft import checkpoint
-from multigraft.config import PeftConfig, TargetedConfig
+from multigraft.config import PeftConfig
 from multigraft.defaults import task_heads
-from multigraft.errors import CheckpointError, MultigraftWarning, RoutingError
+from multigraft.errors import CheckpointError, RoutingError
+from multigraft.gradients import checkpoints_gradients, let_gradients_in
 from multigraft.keys import strip_prefix
 from multigraft.loading import load_into
+from multigraft.prompts.facade import PromptFacade
 from multigraft.roster import Roster
 from multigraft.routing import Route, check_names
 from multigraft.state import embedding_weights
@@ -28,7 +29,7 @@ from multigraft.status import TunerLayerStatus, TunerModelStatus, get_layer_stat
 from multigraft.tuner import Tuner, base_of
 
 
-class PeftModel(nn.Module):
+class PeftModel(PromptFacade, nn.Module):
     """A base model and its adapters, side by side.
 
     Args:
@@ -64,8 +65,9 @@ class PeftModel(nn.Module):
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 activate=True,
             )
-        if _checkpoints_gradients(base):
-            _let_gradients_in(base)
+        self.roster.show_contexts(self)
+        if checkpoints_gradients(base):
+            let_gradients_in(base)
 
     # -- what it holds ------------------------------------------------------------------------
 
@@ -124,6 +126,7 @@ class PeftModel(nn.Module):
             RoutingError: a name is unknown or merged, or the count is wrong.
         """
         with self._route(adapter_names, args, kwargs):
+            args, kwargs = self._in_context(args, kwargs)
             return self.get_base_model()(*args, **kwargs)
 
     def generate(
@@ -135,6 +138,7 @@ class PeftModel(nn.Module):
         for option in ("num_beams", "num_return_sequences"):
             repeats = max(repeats, kwargs.get(option) or getattr(config, option, None) or 1)
         with self._route(adapter_names, args, kwargs, repeats):
+            args, kwargs = self._generating(args, kwargs, repeats)
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 
     def _route(
@@ -364,7 +368,7 @@ class PeftModel(nn.Module):
             else getattr(base, "name_or_path", None)
         )
         config.base_model_name_or_path = config.base_model_name_or_path or name or None
-        if self.default_saved_modules and isinstance(config, TargetedConfig):
+        if self.default_saved_modules and hasattr(config, "modules_to_save"):
             heads = task_heads(base, self.default_saved_modules)
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
         return config
@@ -378,23 +382,3 @@ class PeftModel(nn.Module):
                 "parent_library": type(base).__module__,
             }
         return config
-
-
-def _checkpoints_gradients(base: nn.Module) -> bool:
-    """The flag of transformers, which version 5 renamed: asking for the old name there warns."""
-    now = getattr(base, "is_activation_checkpointing", None)
-    return bool(getattr(base, "is_gradient_checkpointing", False) if now is None else now)
-
-
-def _let_gradients_in(base: nn.Module) -> None:
-    """Gradient checkpointing needs an input with gradients; a frozen embedding gives none."""
-    enable = getattr(base, "enable_input_require_grads", None)
-    if callable(enable):
-        enable()
-    else:
-        warnings.warn(
-            f"{type(base).__name__} checkpoints gradients and has no enable_input_require_grads(); "
-            "with a frozen embedding, reentrant checkpointing would give no gradients.",
-            MultigraftWarning,
-            stacklevel=3,
-        )

@@ -13,11 +13,13 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from multigraft import prompts
 from multigraft.config import PeftConfig, TargetedConfig
 from multigraft.defaults import default_targets
 from multigraft.graft import Graft, Shared, grow, grow_shared
 from multigraft.keys import disk_names
 from multigraft.methods import METHODS, Method, TensorSpec
+from multigraft.prompts import CONTEXTS, Context
 from multigraft.site import Site
 from multigraft.sites import Need, find, minimal_names
 from multigraft.survey import Spot, survey
@@ -34,11 +36,13 @@ class Prepared:
         adapter: its name.
         config: the model's own copy, with the targets resolved to names.
         parts: (what is needed, the method's instance there), in the model's order.
+        model: the base model.
     """
 
     adapter: str
     config: PeftConfig
     parts: list[tuple[Need, Method]]
+    model: nn.Module
 
     @cached_property
     def main_spots(self) -> set[int]:
@@ -52,7 +56,10 @@ class Prepared:
             for need, method in self.parts
             for key, shape in self._keys(need, method).values()
         }
-        return shapes | {spec.on_disk or n: spec.shape for n, spec in self._shared_saved().items()}
+        shapes |= {spec.on_disk or n: spec.shape for n, spec in self._shared_saved().items()}
+        if self.context is not None:
+            shapes |= prompts.shapes(self.context, self.config, self.model)
+        return shapes
 
     @torch.no_grad()
     def grow(self, given: Mapping[str, Tensor], autocast: bool, on_meta: bool) -> list[Scion]:
@@ -77,10 +84,27 @@ class Prepared:
             scions.append(Scion(need.spot, graft, grow(graft, *where, found)))
         return scions
 
+    def grow_context(
+        self, given: Mapping[str, Tensor], autocast: bool, on_meta: bool
+    ) -> Context | None:
+        """Make what the adapter puts into the context, if it is of that kind; see `grow`."""
+        if self.context is None:
+            return None
+        words = prompts.words_of(self.model)
+        weight = next(getattr(words, "base_layer", words).parameters())
+        device = torch.device("meta") if on_meta else weight.device
+        where = _dtype(weight.dtype, autocast), device
+        return prompts.grow(self.context, self.config, self.model, given, where)
+
     @property
-    def main(self) -> type[Method]:
-        """The method that the config's ``peft_type`` names."""
-        return METHODS[str(self.config.peft_type)]
+    def context(self) -> type[Context] | None:
+        """The context method that the config's ``peft_type`` names, if it is one."""
+        return dict(CONTEXTS.items()).get(str(self.config.peft_type))
+
+    @property
+    def main(self) -> type[Method] | None:
+        """The method that the config's ``peft_type`` names, if it acts on sites."""
+        return None if self.context else METHODS[str(self.config.peft_type)]
 
     @cached_property
     def main_sites(self) -> list[Site]:
@@ -88,13 +112,15 @@ class Prepared:
         return [need.site for need, _ in self.parts if need.method is self.main]
 
     def _shared_saved(self) -> dict[str, TensorSpec]:
+        if self.main is None:
+            return {}
         specs = self.main.shared_specs(self.config, self.main_sites)
         return {name: spec for name, spec in specs.items() if spec.saved}
 
     def _grow_shared(
         self, given: Mapping[str, Tensor], autocast: bool, on_meta: bool
     ) -> Shared | None:
-        if not self.main_sites:
+        if self.main is None or not self.main_sites:
             return None
         where = _dtype_and_device(self.main_sites[0], autocast, on_meta)
         saved = self._shared_saved().items()
@@ -112,7 +138,7 @@ class Prepared:
         """Name in memory to (key on disk, shape), for what is saved."""
         beside = need.site.parameter is not None and id(need.spot) in self.main_spots
         return {
-            name: (disk_names(need.site, spec.on_disk or name, beside), spec.shape)
+            name: (disk_names(need.site, spec.on_disk or name, beside, self.config), spec.shape)
             for name, spec in method.tensors().items()
             if spec.saved
         }
@@ -121,10 +147,12 @@ class Prepared:
 def _dtype_and_device(
     site: Site, autocast: bool, on_meta: bool
 ) -> tuple[torch.dtype, torch.device]:
-    dtype = site.dtype
-    if autocast and (dtype in LOW_PRECISION or dtype.itemsize == 1):
-        dtype = torch.float32
-    return dtype, torch.device("meta") if on_meta else site.device
+    return _dtype(site.dtype, autocast), torch.device("meta") if on_meta else site.device
+
+
+def _dtype(base: torch.dtype, autocast: bool) -> torch.dtype:
+    is_low = base in LOW_PRECISION or base.itemsize == 1
+    return torch.float32 if autocast and is_low else base
 
 
 def prepare(
@@ -136,14 +164,15 @@ def prepare(
         TargetError: the config does not fit this model.
     """
     config = config.copy()
-    METHODS[str(config.peft_type)].complete(config, model)
+    kinds = CONTEXTS if str(config.peft_type) in CONTEXTS else METHODS
+    kinds[str(config.peft_type)].complete(config, model)
     spots = survey(model)
     needs = find(model, config, spots, lenient=lenient)
     main = [n for n in needs if n.method.name == str(config.peft_type)]
     parts = [(need, need.method(need.site, config)) for need in needs]
     _resolve_targets(model, config, main, spots)
     _resolve_layout(config, main)
-    return Prepared(adapter, config, parts)
+    return Prepared(adapter, config, parts, model)
 
 
 def _resolve_layout(config: PeftConfig, main: Sequence[Need]) -> None:

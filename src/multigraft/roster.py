@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 from torch import nn
 
 from multigraft.config import PeftConfig
+from multigraft.containers import AdapterDict
 from multigraft.errors import AdapterNameError, RoutingError, StateError, did_you_mean
 from multigraft.graft import Graft
 from multigraft.layer import AdaptedLayer
+from multigraft.prompts import Context
 from multigraft.requantisation import Loss
 from multigraft.routing import Route
 
@@ -36,6 +38,9 @@ class Roster:
         _LIVE[root] = ref(self)
         self.configs: dict[str, PeftConfig] = {}
         self.layers: dict[str, list[AdaptedLayer]] = {}
+        self.contexts = AdapterDict()
+        """Adapters that change the context; a child of every handle while there are any."""
+        self.handles: WeakSet[nn.Module] = WeakSet()
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.route: Route | None = None
@@ -115,12 +120,57 @@ class Roster:
             for graft in layer.grafts[name]:
                 yield layer, graft
 
+    def context_of(self, name: str) -> Context | None:
+        """What the adapter puts into the context, if it is of that kind."""
+        found = self.contexts[name] if self.contexts._modules and name in self.contexts else None
+        return found if isinstance(found, Context) else None
+
+    def acting_context(self) -> Context | None:
+        """The context that calls of the model get now; at most one adapter's."""
+        if self.contexts._modules and self.route is None:
+            for name in self.acting():
+                found = self.context_of(name)
+                if found is not None and found.kind != "attention":
+                    return found
+        return None
+
+    def take_in(self, name: str, context: Context) -> None:
+        """Hold an adapter's context, and let every handle of the model show it."""
+        self.contexts._modules[self.contexts.key(name)] = context
+        context.enter(self, name)
+        for handle in self.handles:
+            self.show_contexts(handle)
+
+    def let_go(self, name: str) -> None:
+        """Undo `take_in`."""
+        context = self.context_of(name)
+        if context is not None:
+            context.leave()
+            del self.contexts[name]
+            for handle in self.handles:
+                self.show_contexts(handle)
+
+    def show_contexts(self, handle: nn.Module) -> None:
+        """Let ``prompt_encoder`` be a child of the handle exactly while there are contexts."""
+        self.handles.add(handle)
+        if self.contexts._modules:
+            handle._modules["prompt_encoder"] = self.contexts
+        else:
+            handle._modules.pop("prompt_encoder", None)
+
     def check_together(self, names: Sequence[str], without: Sequence[str] = ()) -> None:
         """Fail unless these adapters can act together, once ``without`` are unmerged.
 
         Raises:
             StateError: two of them would replace the same module, or the like.
         """
+        contexts = [(n, c) for n in names if (c := self.context_of(n)) and c.kind != "attention"]
+        if len(contexts) > 1:
+            which = ", ".join(f"`{name}` ({c.name})" for name, c in contexts)
+            raise StateError(
+                f"adapters {which} each put tokens of their own before the input, and only one "
+                "can be active at a time. Activate one of them; weight adapters may stand beside."
+            )
         for layer in self.touched(names):
             layer.plan_for(names, [g for g in layer.merged_grafts if g.adapter not in without])
 
@@ -141,14 +191,21 @@ class Roster:
     def set_requires_grad(self, names: Iterable[str], requires_grad: bool) -> None:
         """Freeze or thaw the trainable parameters of these adapters, and of no others."""
         for name in names:
-            for _, graft in self.grafts(name):
-                for parameter in graft.parameters():
-                    if parameter.is_floating_point():
-                        parameter.requires_grad_(requires_grad)
+            for parameter in self.parameters(name):
+                if parameter.is_floating_point():
+                    parameter.requires_grad_(requires_grad)
+
+    def parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """Every parameter of one adapter that training may change."""
+        for _, graft in self.grafts(name):
+            yield from graft.parameters()
+        context = self.context_of(name)
+        if context is not None:
+            yield from context.parameters()
 
     def trains(self, name: str) -> bool:
         """Whether any of this adapter's parameters requires gradients."""
-        return any(p.requires_grad for _, g in self.grafts(name) for p in g.parameters())
+        return any(p.requires_grad for p in self.parameters(name))
 
     def check_batchable(self, name: str) -> None:
         """Fail when one of the adapter's methods cannot serve single rows of a batch.
@@ -156,6 +213,12 @@ class Roster:
         Raises:
             RoutingError: names the method.
         """
+        context = self.context_of(name)
+        if context is not None:
+            raise RoutingError(
+                f"`adapter_names`: `{name}` is a {context.name}, which changes the context of a "
+                "whole batch. Give it a batch of its own with set_adapter()."
+            )
         for _, graft in self.grafts(name):
             if not graft.method.batchable:
                 raise RoutingError(

@@ -56,11 +56,11 @@ def find(
     Raises:
         TargetError: nothing matches; a name matches nothing; a matched module cannot be adapted.
     """
-    if not isinstance(config, TargetedConfig):
-        raise TargetError(f"{type(config).__name__} does not act on sites of the model.")
-    main = METHODS[str(config.peft_type)]
     _refuse_hidden(config, spots)
     saved = _saved(config, spots, lenient)
+    if not isinstance(config, TargetedConfig):
+        return saved
+    main = METHODS[str(config.peft_type)]
     taken = {id(s) for s in spots if any(_is_within(s, need.spot) for need in saved)}
     targets = _targets(model, config, spots, taken, lenient)
     needs = [Need(_site(spot, main), main, spot) for spot in targets]
@@ -246,12 +246,12 @@ def _bypass(spot: Spot) -> str | None:
     return None
 
 
-def _saved(config: TargetedConfig, spots: Sequence[Spot], lenient: bool) -> list[Need]:
+def _saved(config: PeftConfig, spots: Sequence[Spot], lenient: bool) -> list[Need]:
     """`modules_to_save`, module by module.
 
     A container is saved through its leaves, so that other adapters can still act on each of them.
     """
-    wanted = config.modules_to_save
+    wanted = getattr(config, "modules_to_save", None)
     if not wanted:
         return []
     method = METHODS["SAVED_MODULE"]
@@ -275,7 +275,7 @@ def _saved(config: TargetedConfig, spots: Sequence[Spot], lenient: bool) -> list
     return [Need(_site(s, method), method, s) for s in parts.values()]
 
 
-def _refuse_hidden(config: TargetedConfig, spots: Sequence[Spot]) -> None:
+def _refuse_hidden(config: PeftConfig, spots: Sequence[Spot]) -> None:
     """Fail when the config means a module inside one that another adapter copied whole.
 
     The copy takes its place, so an adapter there would act or not depending on who else is active.
@@ -294,10 +294,13 @@ def _refuse_hidden(config: TargetedConfig, spots: Sequence[Spot]) -> None:
                 )
 
 
-def _means(config: TargetedConfig, path: str, module: nn.Module) -> bool:
+def _means(config: PeftConfig, path: str, module: nn.Module) -> bool:
     """Whether the config asks for this module, which is hidden from the base view."""
-    if config.modules_to_save and _matches(config.modules_to_save, path):
+    saved = getattr(config, "modules_to_save", None)
+    if saved and _matches(saved, path):
         return True
+    if not isinstance(config, TargetedConfig):
+        return False
     if config.exclude_modules and _matches(config.exclude_modules, path):
         return False
     wanted = config.target_modules

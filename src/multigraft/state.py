@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from multigraft.checkpoint import LoadReport, adapter_state, compare
-from multigraft.containers import hold
+from multigraft.containers import fetch, hold
 from multigraft.errors import StateError
-from multigraft.graft import Graft
 from multigraft.keys import PREFIX, full_key, saved_tensors, strip_prefix
+from multigraft.prompts.contract import Slot
 from multigraft.roster import Roster
 from multigraft.survey import survey
 from multigraft.wrap import roster_of
@@ -118,22 +118,21 @@ def write(
             f"adapter `{adapter}` is merged into the base; its tensors cannot be replaced there. "
             "Call unmerge_adapter() first."
         )
-    places = [
-        (graft, name, values[key])
-        for layer in roster.layers[adapter]
-        for key, graft, name in saved_tensors(layer, adapter)
-        if key in values
-    ]
-    undo: list[tuple[Graft, str, Tensor, Tensor]] = []
+    context = roster.context_of(adapter)
+    slots = context.slots() if context is not None else {}
+    for layer in roster.layers[adapter]:
+        slots |= {k: graft.owners[name] for k, graft, name in saved_tensors(layer, adapter)}
+    undo: list[tuple[Slot, Tensor, Tensor]] = []
     try:
-        for graft, name, value in places:
-            tensor = graft.params[name]
-            undo.append((graft, name, tensor, tensor.clone()))
-            _put(graft, name, value, assign)
+        for key, slot in slots.items():
+            if key in values:
+                tensor = fetch(*slot)
+                undo.append((slot, tensor, tensor.clone()))
+                _put(slot, values[key], assign)
     except BaseException:
-        for graft, name, tensor, before in reversed(undo):
+        for slot, tensor, before in reversed(undo):
             tensor.data.copy_(before)
-            hold(*graft.owners[name], tensor)
+            hold(*slot, tensor)
         raise
 
 
@@ -170,9 +169,9 @@ def _is_base_copy(key: str, value: Tensor, root: nn.Module) -> bool:
     return False
 
 
-def _put(graft: Graft, name: str, value: Tensor, assign: bool) -> None:
-    owner, leaf = graft.owners[name]
-    tensor = graft.params[name]
+def _put(slot: Slot, value: Tensor, assign: bool) -> None:
+    owner, leaf = slot
+    tensor = fetch(owner, leaf)
     if not (assign or tensor.is_meta):
         tensor.copy_(value)
         return

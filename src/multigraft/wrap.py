@@ -17,6 +17,7 @@ from multigraft.containers import AdapterDict
 from multigraft.errors import NestingError
 from multigraft.graft import Graft
 from multigraft.layer import AdaptedLayer
+from multigraft.prompts import Context
 from multigraft.roster import Roster
 from multigraft.survey import Spot, survey
 
@@ -47,8 +48,14 @@ def roster_of(model: nn.Module, spots: Sequence[Spot]) -> Roster | None:
     return next(iter(rosters.values()), None)
 
 
-def attach(roster: Roster, adapter: str, config: PeftConfig, scions: Sequence[Scion]) -> None:
-    """Set all grafts of one adapter, or none.
+def attach(
+    roster: Roster,
+    adapter: str,
+    config: PeftConfig,
+    scions: Sequence[Scion],
+    context: Context | None = None,
+) -> None:
+    """Set all grafts of one adapter and what it puts into the context, or nothing.
 
     The base is frozen with its first adapter; which of its parameters were trainable is remembered.
     """
@@ -57,6 +64,9 @@ def attach(roster: Roster, adapter: str, config: PeftConfig, scions: Sequence[Sc
         if not roster.configs:
             _freeze(roster, undo)
         layers = _set(roster, adapter, scions, undo)
+        if context is not None:
+            undo.append(lambda: roster.let_go(adapter))
+            roster.take_in(adapter, context)
     except BaseException:
         for step in reversed(undo):
             step()
@@ -65,7 +75,13 @@ def attach(roster: Roster, adapter: str, config: PeftConfig, scions: Sequence[Sc
     roster.layers[adapter] = layers
 
 
-def exchange(roster: Roster, adapter: str, config: PeftConfig, scions: Sequence[Scion]) -> None:
+def exchange(
+    roster: Roster,
+    adapter: str,
+    config: PeftConfig,
+    scions: Sequence[Scion],
+    context: Context | None = None,
+) -> None:
     """Set an adapter's grafts anew in place of those that it has, or leave those as they are.
 
     It stays active or inactive; the base's ``requires_grad`` flags are not touched.
@@ -73,6 +89,7 @@ def exchange(roster: Roster, adapter: str, config: PeftConfig, scions: Sequence[
     before = roster.layers[adapter]
     undo: list[Callable[[], None]] = []
     try:
+        _exchange_context(roster, adapter, context, undo)
         for layer in before:
             undo.append(_remembered(layer))
             layer.remove(adapter)
@@ -95,6 +112,7 @@ def exchange(roster: Roster, adapter: str, config: PeftConfig, scions: Sequence[
 def detach(roster: Roster, adapter: str) -> None:
     """Take one adapter out; layers that are left without any give way to their base layer."""
     roster.configs.pop(adapter)
+    roster.let_go(adapter)
     layers = roster.layers.pop(adapter)
     for layer in layers:
         layer.remove(adapter)
@@ -109,6 +127,19 @@ def thaw(roster: Roster) -> None:
     for parameter in roster.thawed:
         parameter.requires_grad_(True)
     roster.thawed = []
+
+
+def _exchange_context(
+    roster: Roster, adapter: str, context: Context | None, undo: list[Callable[[], None]]
+) -> None:
+    """Put one context in another's place; either may be missing."""
+    before = roster.context_of(adapter)
+    if before is not None:
+        undo.append(lambda: roster.take_in(adapter, before))
+        roster.let_go(adapter)
+    if context is not None:
+        undo.append(lambda: roster.let_go(adapter))
+        roster.take_in(adapter, context)
 
 
 def _set(

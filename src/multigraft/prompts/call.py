@@ -1,0 +1,149 @@
+"""How a context changes the arguments of a model's forward.
+
+    tokens   inputs_embeds = [virtual; embedded]   attention_mask = [1; mask]   labels = [-100; …]
+    cache    past_key_values = the prefix          attention_mask = [1; mask]
+
+A cache that a first call has filled holds the context already: then only the mask and the positions
+make room for it. Masks, positions and labels count the user's own tokens alone; what the model
+returns counts the virtual ones too, as in PEFT.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from multigraft.errors import UnsupportedError
+from multigraft.prompts.config import tell, words_of
+from multigraft.prompts.contract import Context
+
+Call = dict[str, Any]
+"""A call's arguments, all by name."""
+
+TYPES = ("token_type_ids", "mm_token_type_ids")
+POSITIONS = ("start_positions", "end_positions")
+
+
+def by_name(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+    """The arguments of a call, positional ones under the names that ``function`` gives them."""
+    if not args:
+        return dict(kwargs)
+    names = list(inspect.signature(function).parameters)
+    return dict(zip(names, args, strict=False)) | dict(kwargs)
+
+
+def with_context(
+    context: Context, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Call:
+    """The arguments of ``model``'s forward with the context in them."""
+    call = by_name(model.forward, args, kwargs)
+    if is_encoder_decoder(model):
+        put_before_encoder(context, model, call)
+    elif held(call) is not None:
+        make_room(context, call, "attention_mask")
+    else:
+        put_before(context, model, call)
+    return call
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the model has an encoder, whose input is what virtual tokens stand before."""
+    return bool(tell(model, "is_encoder_decoder"))
+
+
+def held(call: Call) -> int | None:
+    """How many tokens the call's cache holds; None without a cache, or with an empty one."""
+    cache = call.get("past_key_values")
+    length = getattr(cache, "get_seq_length", None)
+    return (int(length()) or None) if callable(length) else None
+
+
+def put_before(context: Context, model: nn.Module, call: Call) -> None:
+    """Virtual tokens before the user's, in all that counts tokens."""
+    tokens = embed_before(context, model, call)
+    extend_mask(context, call, "attention_mask")
+    length = context.config.num_virtual_tokens
+    for name in TYPES:
+        if call.get(name) is not None:
+            call[name] = _before(call[name], length, 0)
+    if call.get("position_ids") is not None:
+        given = call["position_ids"]
+        own = torch.arange(length, device=given.device, dtype=given.dtype)
+        call["position_ids"] = torch.cat(
+            (own.expand(*given.shape[:-1], length), given + length), dim=-1
+        )
+    labels = call.get("labels")
+    if labels is not None and labels.shape == tokens and not labels.is_floating_point():
+        call["labels"] = _before(labels, length, -100)
+    for name in POSITIONS:
+        if call.get(name) is not None:
+            call[name] = call[name] + length
+
+
+def put_before_encoder(context: Context, model: nn.Module, call: Call) -> None:
+    """Virtual tokens before what the encoder reads; one that has run already has read them."""
+    if call.get("encoder_outputs") is None:
+        embed_before(context, model, call)
+        extend_mask(context, call, "attention_mask")
+    elif call.get("attention_mask") is not None:
+        seen = call["encoder_outputs"][0].shape[1]
+        if call["attention_mask"].shape[1] == seen - context.config.num_virtual_tokens:
+            extend_mask(context, call, "attention_mask")
+
+
+def embed_before(context: Context, model: nn.Module, call: Call) -> torch.Size:
+    """``inputs_embeds`` with the virtual tokens in front, in place of ``input_ids``.
+
+    Returns:
+        (batch, tokens) of what the user gave.
+    """
+    ids, embedded = call.pop("input_ids", None), call.get("inputs_embeds")
+    if embedded is None:
+        if ids is None:
+            raise UnsupportedError(
+                f"{context.name} puts virtual tokens before the input, and the call has neither "
+                "`input_ids` nor `inputs_embeds`."
+            )
+        embedded = words_of(model)(ids)
+    table = context()[: context.config.num_virtual_tokens].to(embedded)
+    call["inputs_embeds"] = torch.cat((table.expand(len(embedded), -1, -1), embedded), dim=1)
+    return embedded.shape[:2]
+
+
+def make_room(context: Context, call: Call, mask: str) -> None:
+    """Let the mask and the positions count the virtual tokens that the cache holds."""
+    given = call.get("input_ids")
+    given = call["inputs_embeds"] if given is None else given
+    total = (held(call) or 0) + given.shape[1]
+    length = context.config.num_virtual_tokens
+    if call.get(mask) is not None and call[mask].shape[-1] == total - length:
+        extend_mask(context, call, mask)
+    if call.get("position_ids") is not None:
+        call["position_ids"] = call["position_ids"] + length
+
+
+def extend_mask(context: Context, call: Call, name: str) -> None:
+    """Ones before a mask ``(batch, tokens)``, if there is one.
+
+    Raises:
+        UnsupportedError: it is of another shape, so that there is no telling what it masks.
+    """
+    mask = call.get(name)
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise UnsupportedError(
+            f"`{name}` ({shape}) must be (batch, tokens) with {context.name}, which puts ones for "
+            "its own tokens before it."
+        )
+    call[name] = _before(mask, context.config.num_virtual_tokens, 1)
+
+
+def _before(tensor: Tensor, length: int, value: int) -> Tensor:
+    """``length`` times ``value`` before a tensor ``(batch, tokens)``."""
+    return torch.cat((tensor.new_full((len(tensor), length), value), tensor), dim=1)
