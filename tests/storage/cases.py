@@ -7,7 +7,8 @@
 `case.dtype` is what inputs take. `case.error` bounds ``‖read(write(W)) - W‖ / ‖W‖`` for normal
 values; 0.0 is exact. `case.lossy` says that the format is quantised (its ``is_exact`` is False),
 `case.merges` that the weight can be written, `case.convolves` that `build` takes an `nn.Conv2d` as
-well. Sizes are multiples of 32. `EXACT`, `LOSSY` and `REFUSED` list names by what a merge does.
+well. Sizes are multiples of 32, and of 64 where a 4-bit layer is evaluated. `EXACT`, `LOSSY` and
+`REFUSED` list names by what a merge does.
 """
 
 from __future__ import annotations

@@ -33,7 +33,8 @@ class Parametrised(Storage):
         own = _value(twin)
         source = torch.Generator().manual_seed(0)
         noise = torch.randn(own.shape, generator=source).to(own) * own.std()
-        wanted = own + noise
+        # Far from the norm that a constraint holds the weight to, and of no structure.
+        wanted = 3 * own + noise
         try:
             _invert(twin, wanted)
             distance = float((_value(twin) - wanted).norm() / wanted.norm())
