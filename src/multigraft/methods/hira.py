@@ -85,10 +85,12 @@ class HiRA(Method):
     def reset(self, params: Params) -> None:
         A, B = params[self.A], params[self.B]
         init = self.config.init_weights
+        # Both are drawn whatever comes of them: PEFT then draws the same numbers from a seed.
+        nn.init.normal_(A)
+        nn.init.normal_(B)
         if not init:
-            nn.init.normal_(A)
-            nn.init.normal_(B)
-        elif self.is_lookup:
+            return
+        if self.is_lookup:
             nn.init.zeros_(A)
             nn.init.normal_(B)
         else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from multigraft.site import Site
 
 _KV = ["k_proj", "v_proj"]
 _QV = ["q_proj", "v_proj"]
+_GATED = ("gemma", "gemma2", "gemma3_text", "llama4", "qwen2", "qwen3")
 _FUSED = ["query_key_value", "dense_4h_to_h"]
 
 FEEDFORWARD: Targets = {
@@ -42,10 +44,7 @@ FEEDFORWARD: Targets = {
     "RefinedWebModel": ["dense_4h_to_h"],
     "roberta": ["output.dense"],
     "t5": ["wo"],
-} | dict.fromkeys(
-    ("gemma", "gemma2", "gemma3_text", "llama", "llama4", "mistral", "qwen2", "qwen3"),
-    ["down_proj"],
-)
+} | {name: ["down_proj"] for name in (*_GATED, "llama", "mistral")}
 
 TARGETS: Targets = {
     "bart": [*_QV, "fc2"],
@@ -69,9 +68,7 @@ TARGETS: Targets = {
     "RefinedWebModel": _FUSED,
     "roberta": ["key", "value", "output.dense"],
     "t5": ["k", "v", "wo"],
-} | dict.fromkeys(
-    ("gemma", "gemma2", "gemma3_text", "llama4", "qwen2", "qwen3"), [*_QV, "down_proj"]
-)
+} | {name: [*_QV, "down_proj"] for name in _GATED}
 
 
 @dataclass
@@ -89,6 +86,8 @@ class IA3Config(TargetedConfig):
     feedforward_modules: list[str] | str | None = None
     fan_in_fan_out: bool = False
     init_ia3_weights: bool = True
+
+    _ours_only: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

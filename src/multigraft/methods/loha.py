@@ -61,10 +61,11 @@ class LoHa(Method):
         in_, out = self.geometry.sizes(self.site.layer)
         in_ //= getattr(self.site.layer, "groups", 1)
         if self.is_factored:
+            shapes = {"w1_a": (self.rank, out), "w1_b": (self.rank, in_)}
+            shapes |= {"w2_a": (self.rank, out), "w2_b": (self.rank, in_)}
             # A one-dimensional kernel is stored as a flat image of width 1.
             core = (self.rank, self.rank, *self.kernel, *(1,) * (2 - len(self.kernel)))
-            shapes = {"t1": core, "w1_a": (self.rank, out), "w1_b": (self.rank, in_)}
-            shapes |= {"t2": core, "w2_a": (self.rank, out), "w2_b": (self.rank, in_)}
+            shapes |= {"t1": core, "t2": core}
         else:
             wide = in_ * math.prod(self.kernel)
             shapes = {"w1_a": (out, self.rank), "w1_b": (self.rank, wide)}
@@ -82,7 +83,7 @@ class LoHa(Method):
         first, second = self._factor(params, 1), self._factor(params, 2)
         product = first * second * self.scaling
         if self.is_factored:
-            return product.reshape(self.site.layer.weight.shape)  # type: ignore[union-attr, arg-type]
+            return product.reshape(self.site.layer.weight.shape)  # type: ignore[arg-type]
         return self.geometry.from_matrix(self.site.layer, product)
 
     def _factor(self, params: Params, index: int) -> Tensor:

@@ -55,8 +55,11 @@ class LoKrConfig(RankedConfig):
 
 
 def split(size: int, limit: int = -1) -> tuple[int, int]:
-    """Two factors of ``size``, the smaller first: ``limit`` itself where it divides, otherwise as
-    near to square as possible with the smaller factor at most ``limit`` (-1: no limit)."""
+    """Two factors of ``size``: ``limit`` and the rest where it divides.
+
+    Otherwise the smaller one first, as near to square as possible with the smaller one at most
+    ``limit`` (-1: no limit).
+    """
     if limit > 0 and size % limit == 0:
         return limit, size // limit
     bound = size if limit == -1 else limit
@@ -98,9 +101,9 @@ class LoKr(Method):
         if self.has_whole_w2:
             shapes["w2"] = (out2, in2, *self.kernel)
         elif self.is_factored:
+            shapes |= {"w2_a": (r, out2), "w2_b": (r, in2)}
             # A one-dimensional kernel is stored as a flat image of width 1.
             shapes["t2"] = (r, r, *self.kernel, *(1,) * (2 - len(self.kernel)))
-            shapes |= {"w2_a": (r, out2), "w2_b": (r, in2)}
         else:
             shapes |= {"w2_a": (out2, r), "w2_b": (r, in2 * math.prod(self.kernel))}
         return {f"lokr_{name}": TensorSpec(shape) for name, shape in shapes.items()}
@@ -126,7 +129,7 @@ class LoKr(Method):
         product = torch.kron(w1, w2.contiguous()) * self.scaling
         if self.kernel:
             # PEFT's layout: a whole three-dimensional W2 meets W1 in its last two axes.
-            return product.reshape(self.site.layer.weight.shape)  # type: ignore[union-attr, arg-type]
+            return product.reshape(self.site.layer.weight.shape)  # type: ignore[arg-type]
         return self.geometry.from_matrix(self.site.layer, product)
 
     def _w1(self, params: Params) -> Tensor:

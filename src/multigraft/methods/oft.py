@@ -17,7 +17,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,7 @@ class OFT(Method):
     """A block-diagonal rotation of what the layer sees."""
 
     prefix = "oft_"
-    kind = "map"
+    kind: Literal["additive", "map", "replace"] = "map"
     geometries = frozenset({"linear", "conv1d_transposed", "conv"})
 
     def __init__(self, site: Site, config: OFTConfig) -> None:
@@ -145,6 +145,7 @@ class OFT(Method):
     def _cayley(self, Q: Tensor) -> Tensor:
         eye = torch.eye(self.block, device=Q.device, dtype=Q.dtype)
         terms = self.config.num_cayley_neumann_terms
+        terms = 4 if terms == 3 else terms  # as in PEFT, whose 3 terms are its 4
         if not self.config.use_cayley_neumann:
             return torch.linalg.solve(eye + Q, eye - Q, left=False)
         # (I + Q)(I + Q + Q² + ...): twice every power but the first and the last one kept.
@@ -152,14 +153,24 @@ class OFT(Method):
         power = eye.expand_as(Q)
         for term in range(1, terms):
             power = power @ Q
-            R = R + power * (1.0 if term == terms - 1 and term > 2 else 2.0)
+            R = R + power * (1.0 if 2 < term == terms - 1 else 2.0)
         return R
 
     def _near_zero(self, q: Tensor) -> Tensor:
-        """Each block within its share of `eps` of the zero matrix, in the Frobenius norm."""
-        radius = self.config.eps / math.sqrt(len(q))
-        norm = q.norm(dim=1, keepdim=True) * math.sqrt(2)
-        return torch.where(norm <= radius, q, q * (radius / norm.clamp_min(1e-30)))
+        """Each block within its share of `eps` of the zero matrix, in the Frobenius norm.
+
+        In training the parameter itself is moved there, so that optimisers descend by projected
+        gradients, as the paper's constrained form does.
+        """
+        with torch.no_grad():
+            radius = self.config.eps / math.sqrt(len(q))
+            norm = q.norm(dim=1, keepdim=True) * math.sqrt(2)
+            near = torch.where(norm <= radius, q, q * (radius / norm.clamp_min(1e-30)))
+        if not (q.requires_grad and torch.is_grad_enabled()):
+            return near
+        # Past the version counter: moving it twice in one forward changes nothing.
+        q.data.copy_(near)
+        return q
 
     def _some_identity(self, R: Tensor) -> Tensor:
         dropped = torch.randperm(len(R), device=R.device) < int(self.config.module_dropout * len(R))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,8 @@ class VeraConfig(TargetedConfig):
     fan_in_fan_out: bool = False
     bias: str = "none"
     init_weights: bool = True
+
+    _ours_only: ClassVar[frozenset[str]] = frozenset({"exclude_modules"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
