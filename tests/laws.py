@@ -10,14 +10,17 @@ from torch import Tensor, nn
 
 from multigraft import AdaptedLayer
 
+TORCH_OWN = frozenset(vars(nn.Module()))
+"""Leaves make these when they are first asked for; what hook tables hold is compared apart."""
+
 
 @dataclass(frozen=True)
 class Fingerprint:
     """What must come back after removal.
 
     Args:
-        modules: (path, identity, type, training, names of instance attributes), in order; a shared
-            module once per path.
+        modules: (path, identity, type, training, names of instance attributes besides those that
+            torch gives every module, numbers of hooks), in order; a shared module once per path.
         tensors: (path, identity, bits, requires_grad), in order.
     """
 
@@ -33,7 +36,7 @@ class Fingerprint:
 def fingerprint(model: nn.Module) -> Fingerprint:
     """Object graph, order of children, bits and flags of a model."""
     modules = [
-        (path, id(m), type(m), m.training, (*sorted(vars(m)), *_hooks(m)))
+        (path, id(m), type(m), m.training, (*sorted({*vars(m)} - TORCH_OWN), *_hooks(m)))
         for path, m in model.named_modules(remove_duplicate=False)
     ]
     tensors = [
