@@ -105,6 +105,11 @@ def _statistics(tensor: object) -> Iterator[Tensor]:
             yield from _statistics(held[name])
 
 
+def _attributes(module: nn.Module) -> list[str]:
+    """Tables of hooks are left out: some are made when first asked for, and `_hooks` counts them."""
+    return sorted(name for name in vars(module) if not name.endswith("_hooks"))
+
+
 def _hooks(module: nn.Module) -> list[str]:
     tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return [f"{name}={len(getattr(module, name))}" for name in tables]
