@@ -24,6 +24,7 @@ from multigraft.kbit import prepare_model_for_kbit_training
 from multigraft.layer import AdaptedLayer
 from multigraft.methods.hira import HiraConfig
 from multigraft.methods.ia3 import IA3Config
+from multigraft.methods.ln_tuning import LNTuningConfig
 from multigraft.methods.loha import LoHaConfig
 from multigraft.methods.lokr import LoKrConfig
 from multigraft.methods.lora import LoraConfig
@@ -31,6 +32,8 @@ from multigraft.methods.oft import OFTConfig
 from multigraft.methods.vera import VeraConfig
 from multigraft.model import PeftModel
 from multigraft.prompts.config import PromptLearningConfig
+from multigraft.prompts.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
+from multigraft.prompts.prefix_tuning import PrefixTuningConfig
 from multigraft.prompts.prompt_tuning import PromptTuningConfig, PromptTuningInit
 from multigraft.state import get_peft_model_state_dict, set_peft_model_state_dict
 from multigraft.status import get_layer_status, get_model_status
@@ -54,6 +57,7 @@ __all__ = [
     "DataError",
     "HiraConfig",
     "IA3Config",
+    "LNTuningConfig",
     "LoHaConfig",
     "LoKrConfig",
     "LoraConfig",
@@ -71,6 +75,9 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "PrefixTuningConfig",
+    "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType",
     "PromptLearningConfig",
     "PromptTuningConfig",
     "PromptTuningInit",

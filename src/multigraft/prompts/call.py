@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from multigraft.errors import UnsupportedError
-from multigraft.prompts.config import tell, words_of
+from multigraft.prompts.config import words_of
 from multigraft.prompts.contract import Context
 
 Call = dict[str, Any]
@@ -34,25 +34,6 @@ def by_name(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[s
         return dict(kwargs)
     names = list(inspect.signature(function).parameters)
     return dict(zip(names, args, strict=False)) | dict(kwargs)
-
-
-def with_context(
-    context: Context, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Call:
-    """The arguments of ``model``'s forward with the context in them."""
-    call = by_name(model.forward, args, kwargs)
-    if is_encoder_decoder(model):
-        put_before_encoder(context, model, call)
-    elif held(call) is not None:
-        make_room(context, call, "attention_mask")
-    else:
-        put_before(context, model, call)
-    return call
-
-
-def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether the model has an encoder, whose input is what virtual tokens stand before."""
-    return bool(tell(model, "is_encoder_decoder"))
 
 
 def held(call: Call) -> int | None:
@@ -114,16 +95,22 @@ def embed_before(context: Context, model: nn.Module, call: Call) -> torch.Size:
     return embedded.shape[:2]
 
 
-def make_room(context: Context, call: Call, mask: str) -> None:
-    """Let the mask and the positions count the virtual tokens that the cache holds."""
-    given = call.get("input_ids")
-    given = call["inputs_embeds"] if given is None else given
-    total = (held(call) or 0) + given.shape[1]
+def make_room(context: Context, call: Call, side: str = "") -> None:
+    """Let the mask and the positions count the virtual tokens that the cache holds.
+
+    Args:
+        side: ``"decoder_"`` for the arguments of an encoder-decoder's decoder.
+    """
+    mask, positions = f"{side}attention_mask", f"{side}position_ids"
+    names = (f"{side}input_ids", f"{side}inputs_embeds")
+    given = next((call[name] for name in names if call.get(name) is not None), None)
     length = context.config.num_virtual_tokens
-    if call.get(mask) is not None and call[mask].shape[-1] == total - length:
-        extend_mask(context, call, mask)
-    if call.get("position_ids") is not None:
-        call["position_ids"] = call["position_ids"] + length
+    if given is not None and call.get(mask) is not None:
+        total = (held(call) or 0) + given.shape[1]
+        if call[mask].shape[-1] == total - length:
+            extend_mask(context, call, mask)
+    if call.get(positions) is not None:
+        call[positions] = call[positions] + length
 
 
 def extend_mask(context: Context, call: Call, name: str) -> None:

@@ -100,6 +100,11 @@ def tell(model: nn.Module, *names: str) -> Any:
     return None
 
 
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the model has an encoder and a decoder."""
+    return bool(tell(model, "is_encoder_decoder"))
+
+
 def words_of(model: nn.Module) -> nn.Module:
     """The module that looks up the model's own tokens, with the adapters that act on it.
 

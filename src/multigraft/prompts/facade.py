@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from multigraft.errors import StateError
-from multigraft.prompts.call import with_context
+from multigraft.prompts.cache import filled_cache
 from multigraft.prompts.config import words_of
 from multigraft.prompts.contract import TABLE, Context
+from multigraft.prompts.forward import with_context
 from multigraft.prompts.generation import for_generation
 
 if TYPE_CHECKING:
@@ -40,12 +41,15 @@ class PromptFacade:
         """What the active context adapter gives for a batch.
 
         Returns:
-            Virtual tokens ``(batch_size, rows, width)``.
+            Virtual tokens ``(batch_size, rows, width)``, or a cache that holds the prefix.
 
         Raises:
             StateError: no context adapter is active.
         """
-        table = self._context()()
+        context, model = self._context(), self.get_base_model()
+        if context.kind == "cache":
+            return filled_cache(context, model, batch_size)
+        table = context()
         return table.expand(batch_size, *table.shape)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:

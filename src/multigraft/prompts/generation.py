@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from multigraft.errors import StateError
+from multigraft.prompts.cache import put_cache
 from multigraft.prompts.call import (
     Call,
     by_name,
     held,
-    is_encoder_decoder,
     put_before,
     put_before_encoder,
 )
+from multigraft.prompts.config import is_encoder_decoder
 from multigraft.prompts.contract import Context
 
 
@@ -51,6 +52,9 @@ def for_generation(
         )
     if call.get("attention_mask") is None and call.get("input_ids") is not None:
         call["attention_mask"] = inferred_mask(model, call)
+    if context.kind == "cache":
+        put_cache(context, model, call, repeats)
+        return call
     if is_encoder_decoder(model):
         put_before_encoder(context, model, call)
         return call

@@ -1,0 +1,139 @@
+"""A prefix as the cache that a model goes on from.
+
+    table: (tokens, layers * 2 * width)
+    keys and values of each layer: (batch, heads, tokens, size)
+
+The model takes it for tokens that it has seen: masks, positions and every kind of decoding go on
+from there as they do after a first call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from multigraft.errors import StateError, UnsupportedError
+from multigraft.gradients import checkpoints_gradients
+from multigraft.prompts.call import Call, extend_mask, held, make_room
+from multigraft.prompts.config import is_encoder_decoder, tell
+from multigraft.prompts.contract import Context
+
+
+def put_cache(context: Context, model: nn.Module, call: Call, repeats: int = 1) -> None:
+    """The prefix in ``past_key_values``, and room for it in the mask and the positions.
+
+    Args:
+        repeats: how many rows stand for each of the user's (beams, returned sequences).
+
+    Raises:
+        StateError: the model checkpoints gradients, and then reads no cache in training.
+    """
+    if model.training and torch.is_grad_enabled() and checkpoints_gradients(model):
+        raise StateError(
+            f"{context.name} goes through the cache, which the model does not read while it "
+            "checkpoints gradients: the prefix would get none. Call "
+            "gradient_checkpointing_disable()."
+        )
+    side = "decoder_" if is_encoder_decoder(model) else ""
+    if held(call):
+        make_room(context, call, side)
+        return
+    extend_mask(context, call, f"{side}attention_mask")
+    positions = f"{side}position_ids"
+    if call.get(positions) is not None:
+        call[positions] = call[positions] + context.config.num_virtual_tokens
+    call["past_key_values"] = filled_cache(
+        context, model, _rows(context, call) * repeats, call.get("past_key_values")
+    )
+
+
+def keys_and_values(context: Context, model: nn.Module, batch: int) -> list[tuple[Tensor, Tensor]]:
+    """The prefix of each layer: keys and values ``(batch, heads, tokens, size)``."""
+    config, table = context.config, context()
+    dtype = getattr(model, "dtype", None)
+    table = table.to(dtype) if isinstance(dtype, torch.dtype) else table
+    heads = config.num_attention_heads
+    parts = table.reshape(len(table), config.num_layers * 2, heads, config.token_dim // heads)
+    parts = parts.permute(1, 2, 0, 3)
+    both = [part.expand(batch, *part.shape) for part in parts]
+    return list(zip(both[::2], both[1::2], strict=True))
+
+
+def empty_cache(model: nn.Module) -> Any:
+    """A cache of transformers' that fits the model's layers."""
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    config = model.config
+    if is_encoder_decoder(model):
+        return EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+    return DynamicCache(config=config)
+
+
+def filled_cache(context: Context, model: nn.Module, batch: int, cache: Any = None) -> Any:
+    """A cache (the given empty one, or a new one) with the prefix of each layer in it."""
+    cache = empty_cache(model) if cache is None else cache
+    own = getattr(cache, "self_attention_cache", cache)
+    for index, (keys, values) in enumerate(keys_and_values(context, model, batch)):
+        own.update(keys, values, index)
+    return cache
+
+
+def check_takes_cache(name: str, model: nn.Module) -> None:
+    """Fail unless the model goes on from a cache that it is given.
+
+    Raises:
+        UnsupportedError: it takes none.
+        StateError: it checkpoints gradients, and then reads none in training.
+    """
+    part = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
+    if "past_key_values" not in inspect.signature(part.forward).parameters:
+        raise UnsupportedError(
+            f"{name} needs a model that takes `past_key_values`, and {type(part).__name__} does "
+            "not. Prompt tuning and p-tuning do without."
+        )
+    if checkpoints_gradients(model):
+        raise StateError(
+            f"{name} does not work with gradient checkpointing, under which the model reads no "
+            "cache. Call gradient_checkpointing_disable() first."
+        )
+
+
+def key_shape(name: str, model: nn.Module) -> tuple[int, int] | None:
+    """(heads, size of one) of the model's keys, as far as its config tells.
+
+    Raises:
+        UnsupportedError: they differ from layer to layer.
+    """
+    layers = tell(model, "per_layer_config") or ()
+    shapes = {
+        (getattr(x, "num_key_value_heads", None), getattr(x, "head_dim", None)) for x in layers
+    }
+    if len(shapes) > 1:
+        raise UnsupportedError(
+            f"{name} has one shape of keys for all layers, and those of {type(model).__name__} "
+            f"differ ({sorted(map(str, shapes))})."
+        )
+    queries = tell(model, "num_attention_heads", "n_head", "num_heads")
+    if is_encoder_decoder(model):
+        queries = tell(model, "decoder_attention_heads") or queries
+    if not queries:
+        return None
+    heads = tell(model, "num_key_value_heads") or (1 if tell(model, "multi_query") else queries)
+    width = tell(model, "hidden_size", "n_embd", "d_model")
+    size = tell(model, "head_dim", "d_kv") or (width // queries if width else None)
+    return (int(heads), int(size)) if size else None
+
+
+def _rows(context: Context, call: Call) -> int:
+    """How many rows the user's batch has."""
+    for name in ("input_ids", "inputs_embeds", "encoder_outputs", "decoder_input_ids"):
+        given = call.get(name)
+        if given is not None:
+            return len(given if isinstance(given, Tensor) else given[0])
+    raise UnsupportedError(
+        f"{context.name} has as many rows as the input, and the call has neither `input_ids` nor "
+        "`inputs_embeds`."
+    )
