@@ -68,7 +68,7 @@ def encode(records: Sequence[Record], tokenizer: Any, max_length: int, file: str
         length = len(example.ids)
         kept = Encoded(example.ids[:max_length], example.learned[:max_length])
         if not any(kept.learned[1:]):
-            why = f"its {length} tokens have nothing to learn within `max_length` (={max_length})"
+            why = f"what comes before the part to learn fills `max_length` (={max_length}) tokens"
             remedy = "Shorten the prompt or raise the length"
             result.bad.append(BadLine(file, record.line, why, remedy))
             continue

@@ -1,0 +1,212 @@
+"""The whole job on a user's files: checked first, saved whole, loadable by both libraries."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from multigraft import (
+    AdapterNameError,
+    CheckpointError,
+    DataError,
+    LoraConfig,
+    PeftModel,
+    TargetError,
+    TrainingError,
+)
+from multigraft.train import FineTune, Recipe, load_model
+from tests.tiny_base import chat_rows, pair_rows, write_lines
+
+
+@pytest.fixture
+def job(base_dir, tmp_path):
+    """Makes a `FineTune` on the tiny base; keywords replace its fields."""
+
+    def make(rows=None, **changes) -> FineTune:
+        fields = {
+            "model": str(base_dir),
+            "data": str(write_lines(tmp_path / "data.jsonl", rows or pair_rows())),
+            "output": str(tmp_path / "out"),
+            "config": LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"),
+            "recipe": Recipe(steps=3, lr=1e-2),
+        }
+        return FineTune(**{**fields, **changes})
+
+    return make
+
+
+def logits(model) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=torch.arange(2, 12)[None]).logits
+
+
+@pytest.mark.parametrize("rows", [pair_rows(), chat_rows()], ids=["pairs", "chats"])
+@pytest.mark.parametrize("library", ["multigraft", "peft"])
+def test_what_is_saved_loads_and_acts_as_trained(job, rows, library):
+    ready = job(rows).prepare()
+    outcome = ready.run()
+    klass = PeftModel if library == "multigraft" else pytest.importorskip("peft").PeftModel
+    base = load_model(ready.job.model)
+    untouched = logits(base)
+    loaded = logits(klass.from_pretrained(base, outcome.folder))
+    assert torch.allclose(loaded, logits(ready.model), atol=1e-5)
+    assert not torch.allclose(loaded, untouched, atol=1e-3)
+
+
+def test_the_base_is_as_it_was(job, base_dir):
+    ready = job().prepare()
+    before = {k: v.clone() for k, v in load_model(base_dir).state_dict().items()}
+    ready.run()
+    assert ready.model.unload() is ready.base
+    after = ready.base.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+def test_another_name_than_default_gets_a_subfolder(job, tmp_path):
+    outcome = job(adapter="dates").prepare().run()
+    assert outcome.folder == tmp_path / "out" / "dates"
+    assert (outcome.folder / "adapter_model.safetensors").is_file()
+
+
+def test_held_out_data_is_measured_before_and_after(job, tmp_path):
+    held_out = str(write_lines(tmp_path / "held.jsonl", [*pair_rows()[:3], *chat_rows()[:1]]))
+    outcome = job(eval_data=held_out, recipe=Recipe(steps=20, lr=1e-2)).prepare().run()
+    before, after = outcome.eval_loss
+    assert after < before
+    assert all(0.0 <= share <= 1.0 for share in outcome.exact_match)
+
+
+def test_without_held_out_data_nothing_is_measured(job):
+    outcome = job().prepare().run()
+    assert (outcome.eval_loss, outcome.exact_match) == (None, None)
+
+
+def test_an_adapter_that_is_there_is_kept_unless_it_may_be_replaced(job):
+    first = job().prepare().run().folder / "adapter_model.safetensors"
+    kept = first.read_bytes()
+    with pytest.raises(TrainingError, match=r"holds an adapter already.*--overwrite"):
+        job().prepare()
+    assert first.read_bytes() == kept
+    job(overwrite=True, recipe=Recipe(steps=3, lr=1e-2, seed=1)).prepare().run()
+    assert first.read_bytes() != kept
+
+
+def test_bad_lines_can_be_left_out_and_are_reported(job):
+    rows = ["not json", *pair_rows()]
+    with pytest.raises(DataError, match=r"data\.jsonl:1: not valid JSON"):
+        job(rows).prepare()
+    ready = job(rows, skip_bad=True).prepare()
+    assert [line.line for line in ready.bad] == [1]
+    assert len(ready.lane.examples) == len(pair_rows())
+
+
+def test_examples_that_are_cut_are_counted(job):
+    rows = [*pair_rows(), {"prompt": "p", "completion": "word " * 100}]
+    assert job(rows, max_length=40).prepare().cut == 1
+
+
+def test_an_example_of_more_tokens_than_the_model_has_positions_is_refused(job):
+    rows = [*pair_rows(), {"prompt": "p", "completion": "word " * 100}]
+    with pytest.raises(
+        TrainingError, match=r"longest example has \d+ tokens and the model takes 12"
+    ):
+        job(rows).prepare()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"data": "nope.jsonl"}, DataError, "nope.jsonl cannot be read"),
+        ({"eval_data": "nope.jsonl"}, DataError, "nope.jsonl cannot be read"),
+        ({"model": "./nope"}, CheckpointError, "no such directory"),
+        ({"adapter": "a/b"}, AdapterNameError, "a/b"),
+        (
+            {"config": LoraConfig(target_modules=["q_porj"])},
+            TargetError,
+            "`q_porj`. Nearest: `q_proj`",
+        ),
+    ],
+)
+def test_a_mistake_is_found_before_anything_is_written(job, tmp_path, changes, error, message):
+    with pytest.raises(error, match=message):
+        job(**changes).prepare()
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_a_file_is_refused(job, tmp_path):
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(TrainingError, match="file is a file; the output must be a directory"):
+            job(output=str(output)).prepare()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a directory that takes no files")
+def test_an_output_that_cannot_be_written_is_found_before_training(job):
+    with pytest.raises(TrainingError, match="/proc/self cannot be written to"):
+        job(output="/proc/self/out").prepare()
+
+
+def test_the_check_of_the_output_leaves_nothing_there(job, tmp_path):
+    (tmp_path / "out").mkdir()
+    job().prepare()
+    assert not list((tmp_path / "out").iterdir())
+
+
+class Stop:
+    """A callback that is interrupted after a number of steps."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def __call__(self, now) -> None:
+        if now.step == self.step:
+            raise KeyboardInterrupt
+
+
+def interrupted(ready, after: int = 2) -> str:
+    with pytest.raises(KeyboardInterrupt):
+        ready.run(Stop(after))
+    return ready.rescue()
+
+
+def test_an_interrupted_run_saves_what_it_has_learned(job, base_dir):
+    ready = job().prepare()
+    assert interrupted(ready) == (
+        f"the adapter as it was after 2 of 3 steps is saved in {ready.job.folder}"
+    )
+    loaded = PeftModel.from_pretrained(load_model(base_dir), ready.job.folder)
+    assert torch.equal(logits(loaded), logits(ready.model))
+
+
+def test_an_interrupted_run_never_replaces_an_adapter(job):
+    kept = (job().prepare().run().folder / "adapter_model.safetensors").read_bytes()
+    ready = job(overwrite=True, recipe=Recipe(steps=3, seed=9)).prepare()
+    assert interrupted(ready).endswith("the 2 of 3 steps that were made are lost")
+    assert (ready.job.folder / "adapter_model.safetensors").read_bytes() == kept
+
+
+def test_a_run_interrupted_before_its_first_step_saves_nothing(job, monkeypatch):
+    ready = job().prepare()
+    assert ready.rescue() == "no step was made, and nothing was saved"
+    assert not ready.job.folder.exists()
+
+
+def test_a_run_interrupted_in_its_last_evaluation_is_saved(job, tmp_path, monkeypatch):
+    ready = job(eval_data=str(write_lines(tmp_path / "held.jsonl", pair_rows()[:1]))).prepare()
+    measured = []
+
+    def loss(model) -> float:
+        if measured:
+            raise KeyboardInterrupt
+        measured.append(model)
+        return 0.0
+
+    monkeypatch.setattr(ready.held_out, "loss", loss)
+    with pytest.raises(KeyboardInterrupt):
+        ready.run()
+    assert ready.rescue().startswith(f"the adapter is saved in {ready.job.folder}")
+    assert Path(ready.job.folder, "adapter_config.json").is_file()
