@@ -328,6 +328,17 @@ def check_patterns(where: str, name: str, patterns: Any) -> dict[str, Any]:
     return dict(patterns or {})
 
 
+def check_names(where: str, name: str, value: Any) -> list[str] | None:
+    """A list of names without repeats, or None; a string is not taken for a list.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    require(not isinstance(value, str), where, name, value, "a list of names, or None")
+    names: list[str] | None = name_list(name, value)
+    return names
+
+
 def require(condition: bool, where: str, name: str, value: Any, required: str) -> None:
     """Raise `ConfigError` in the house form unless ``condition`` holds."""
     if not condition:

@@ -42,6 +42,15 @@ class Leaf(nn.Module):
             return made
         return super().__getattr__(name)
 
+    def leaf(self, name: str) -> Leaf:
+        """The leaf inside this one, made when it is first asked for."""
+        found = self._modules.get(name)
+        if found is None:
+            found = self._modules[name] = Leaf()
+            found.training = self.training
+        assert isinstance(found, Leaf)
+        return found
+
     def extra_repr(self) -> str:
         return ", ".join(f"{n}={tuple(t.shape)}" for n, t in _own(self).items())
 
@@ -94,13 +103,27 @@ class AdapterDict(nn.Module):
         assert isinstance(found, Leaf)
         return found
 
+    def place(self, adapter: str, label: str, leaf: str) -> tuple[nn.Module, str]:
+        """Where a tensor of the adapter is registered: its owner, and its name there.
+
+        Args:
+            label: of the site, where the adapter has several sites at one adapted layer.
+            leaf: the tensor's name in the group; empty when the group is the tensor.
+        """
+        if not (label or leaf):
+            return self, escape(adapter)
+        owner = self.leaf(adapter)
+        if label and leaf:
+            owner = owner.leaf(label)
+        return owner, leaf or label
+
     @staticmethod
     def key(adapter: str) -> str:
         """The adapter's name as a key of this module's tables."""
         return escape(adapter)
 
     def _names(self) -> list[str]:
-        return [*self._modules, *self._parameters, *self._buffers]
+        return list(dict.fromkeys((*self._modules, *self._parameters, *self._buffers)))
 
 
 def hold(owner: nn.Module, name: str, tensor: Tensor) -> None:

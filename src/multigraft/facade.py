@@ -5,10 +5,11 @@ Everything here is a view: nothing is stored twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Collection, Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from multigraft.containers import AdapterDict
 from multigraft.errors import AdapterNameError, StateError
@@ -32,19 +33,24 @@ class LayerFacade:
         roster: Roster
         path: str
 
+        def show(self, name: str) -> Tensor | None: ...
+
     def get_base_layer(self) -> nn.Module:
         """The base model's own layer."""
         return self.base_layer
 
     @property
     def weight(self) -> Tensor:
-        """The weight of what stands at this site: the base's, or the active trained copy's."""
-        return self._standing().weight  # type: ignore[return-value]
+        """The weight of what stands at this site: the base's, or the active trained copy's.
+
+        With adapters in it where a parent reads it rather than run the layer.
+        """
+        return self.show("weight")  # type: ignore[return-value]
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias of what stands at this site."""
-        return self._standing().bias  # type: ignore[return-value]
+        """The bias of what stands at this site; see `weight`."""
+        return self.show("bias")
 
     @property
     def original_module(self) -> nn.Module:
@@ -93,22 +99,18 @@ class LayerFacade:
         return {name: graft.method.dropout for name, graft in self._main()}
 
     @property
-    def scaling(self) -> MutableMapping[str, float]:
+    def scaling(self) -> Scaling:
         """Scaling of each adapter; assignable."""
         return Scaling(self)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Scale the adapter by ``scale`` times what its config says."""
-        graft = dict(self._main()).get(adapter)
-        if graft is not None:
-            self.scaling[adapter] = (
-                scale * type(graft.method)(graft.site, graft.method.config).scaling
-            )
+        self.scaling.by_config(adapter, scale)
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of the active adapters."""
         for name in set(self.active_adapters) & set(self.grafts):
-            self.scaling[name] *= scale
+            self.scaling.multiply(name, scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scaling of the active adapters, or set it back to what the config says."""
@@ -116,7 +118,7 @@ class LayerFacade:
             if scale is None:
                 self.set_scale(name, 1.0)
             else:
-                self.scaling[name] /= scale
+                self.scaling.multiply(name, 1 / scale)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -129,6 +131,11 @@ class LayerFacade:
             if name == "base_layer" or name.startswith("__"):
                 raise
             # Parents read attributes of their layers: sizes, dtypes, flags of quantisers.
+            shown = self._shown()
+            if name in shown:
+                return self.show(name)
+            if any(key.startswith(f"{name}.") for key in shown):
+                return Inside(self, name)
             return getattr(self._standing(), name)
 
     def _standing(self) -> nn.Module:
@@ -137,33 +144,76 @@ class LayerFacade:
             return plan.stand_in.stand_in
         return self.base_layer
 
+    def _shown(self) -> Collection[str]:
+        """Names of tensors that adapters change, for whoever reads them."""
+        plan = self.__dict__.get("plan")
+        return () if plan is None else plan.shown
+
     def _main(self) -> Iterator[tuple[str, Graft]]:
-        """Each adapter's graft that acts on the weight itself (not on a bias)."""
+        """Each adapter's grafts that act on a weight (not on a bias)."""
         for name, grafts in self.grafts.items():
             yield from (
-                (name, g) for g in grafts if g.method.kind == "additive" and not g.site.parameter
+                (name, g) for g in grafts if g.method.kind == "additive" and g.site.geometry
             )
 
     def extra_repr(self) -> str:
         return f"adapters={list(self.grafts)}, merged={self.merged_adapters}"
 
 
+class Inside(nn.Module):
+    """A layer inside an adapted one that never runs itself, as its parent must see its tensors.
+
+    Made for each look; it holds nothing.
+    """
+
+    def __init__(self, layer: LayerFacade, inner: str) -> None:
+        super().__init__()
+        self.__dict__ |= {"_layer": layer, "_inner": inner}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward with its tensors as they are seen."""
+        prefix = f"{self._inner}."
+        names = [n.removeprefix(prefix) for n in self._layer._shown() if n.startswith(prefix)]
+        seen = {name: getattr(self, name) for name in names}
+        return functional_call(getattr(self._layer._standing(), self._inner), seen, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        layer, inner = self.__dict__["_layer"], self.__dict__["_inner"]
+        key = f"{inner}.{name}"
+        shown = layer._shown()
+        return layer.show(key) if key in shown else getattr(getattr(layer._standing(), inner), name)
+
+
 class Scaling(MutableMapping[str, float]):
-    """The adapters' scalings at one layer, read from and written to the methods themselves."""
+    """The adapters' scalings at one layer, read from and written to the methods themselves.
+
+    An adapter with several sites at the layer (an attention's matrices, the stacks of experts)
+    shows the first one's.
+    """
 
     def __init__(self, layer: LayerFacade) -> None:
         self._layer = layer
 
+    def by_config(self, adapter: str, factor: float) -> None:
+        """Make it ``factor`` times what the adapter's config says."""
+        for graft in self._writable(adapter):
+            own = type(graft.method)(graft.site, graft.method.config).scaling
+            graft.method.scaling = float(factor * own)
+
+    def multiply(self, adapter: str, factor: float) -> None:
+        """Make it ``factor`` times what it is."""
+        for graft in self._writable(adapter):
+            graft.method.scaling = float(factor * graft.method.scaling)
+
     def __getitem__(self, adapter: str) -> float:
-        return self._graft(adapter).method.scaling
+        return self._grafts(adapter)[0].method.scaling
 
     def __setitem__(self, adapter: str, value: float) -> None:
-        if adapter in self._layer.merged_adapters:
-            raise StateError(
-                f"{self._layer.path}: the scaling of `{adapter}` cannot change while it is merged "
-                "into the base. Call unmerge_adapter() first."
-            )
-        self._graft(adapter).method.scaling = float(value)
+        grafts = self._writable(adapter)
+        if not grafts:
+            raise KeyError(adapter)
+        for graft in grafts:
+            graft.method.scaling = float(value)
 
     def __delitem__(self, adapter: str) -> None:
         raise AdapterNameError(f"`{adapter}`: delete adapters with model.delete_adapter(name).")
@@ -177,5 +227,16 @@ class Scaling(MutableMapping[str, float]):
     def __repr__(self) -> str:
         return repr(dict(self))
 
-    def _graft(self, adapter: str) -> Graft:
-        return dict(self._layer._main())[adapter]
+    def _grafts(self, adapter: str) -> list[Graft]:
+        found = [graft for name, graft in self._layer._main() if name == adapter]
+        if not found:
+            raise KeyError(adapter)
+        return found
+
+    def _writable(self, adapter: str) -> list[Graft]:
+        if adapter in self._layer.merged_adapters:
+            raise StateError(
+                f"{self._layer.path}: the scaling of `{adapter}` cannot change while it is merged "
+                "into the base. Call unmerge_adapter() first."
+            )
+        return [graft for name, graft in self._layer._main() if name == adapter]

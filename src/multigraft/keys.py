@@ -31,13 +31,8 @@ def full_key(key: str) -> str:
     return key if key.startswith("base_model.") or "." not in key else PREFIX + key
 
 
-def disk_names(
-    site: Site, name: str, is_beside_main: bool, config: PeftConfig | None = None
-) -> str:
+def disk_names(site: Site, name: str, config: PeftConfig | None = None) -> str:
     """Key of a tensor relative to the base model; one of the whole adapter is absolute.
-
-    A bias of a layer that the same adapter also adapts is ``<path>.base_layer.bias`` in PEFT's
-    files, that of any other layer ``<path>.bias``.
 
     Args:
         config: the adapter's. What prompt learning saves of the base lies in PEFT's files one
@@ -45,8 +40,7 @@ def disk_names(
     """
     if name.startswith("base_model."):
         return name
-    infix = "base_layer." if site.parameter is not None and is_beside_main else ""
-    key = f"{site.path}.{infix}{name}"
+    key = f"{site.disk}.{name}"
     if config is not None and config.is_prompt_learning:
         return strip_prefix(f"base_model.{key}")
     return key
@@ -54,24 +48,23 @@ def disk_names(
 
 def saved_tensors(layer: AdaptedLayer, adapter: str) -> Iterator[tuple[str, Graft, str]]:
     """(key on disk, graft, name in memory) of what one adapter saves at one layer."""
-    grafts = layer.grafts[adapter]
-    has_main = any(g.site.parameter is None for g in grafts)
-    for graft in grafts:
+    for graft in layer.grafts[adapter]:
         for name, spec in graft.specs().items():
             if spec.saved:
                 config = graft.method.config
-                yield disk_names(graft.site, spec.on_disk or name, has_main, config), graft, name
+                yield disk_names(graft.site, spec.on_disk or name, config), graft, name
 
 
 def memory_name(graft: Graft, name: str) -> str:
     """Name of a tensor in the adapted model's state dict, relative to the base model."""
+    host, label = graft.site.host_path, graft.site.label and f".{graft.site.label}"
     if graft.stand_in is not None:
-        return f"{graft.site.path}.{graft.method.prefix}.{escape(graft.adapter)}.{name}"
+        return f"{host}.{graft.method.prefix}.{escape(graft.adapter)}{label}.{name}"
     if graft.shared is not None and name in graft.shared.specs:
-        name = f"{graft.method.prefix}shared.{name}"
+        name, label = f"{graft.method.prefix}shared.{name}", ""
     group, _, leaf = name.partition(".")
     tail = f".{leaf}" if leaf else ""
-    return f"{graft.site.path}.{group}.{escape(graft.adapter)}{tail}"
+    return f"{host}.{group}.{escape(graft.adapter)}{label}{tail}"
 
 
 def sites_in(state: Iterable[str], prefix: str, known: Collection[str]) -> list[str]:

@@ -11,15 +11,16 @@ merged, and not on every call.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from multigraft.containers import AdapterDict, hold
-from multigraft.errors import NestingError, StateError
+from multigraft.effective import effective, held, touched
+from multigraft.errors import NestingError, RoutingError, StateError
 from multigraft.facade import LayerFacade
 from multigraft.graft import Graft
 from multigraft.storage import storage_of
@@ -39,6 +40,7 @@ class Plan:
         rebinds: base tensors that are changed for the call, with who changes them.
         outputs: maps of what the base layer gives.
         deltas: what is added, each a function of the layer's own input.
+        shown: base tensors that whoever reads them is shown with adapters in them.
     """
 
     inputs: tuple[Graft, ...] = ()
@@ -46,18 +48,27 @@ class Plan:
     rebinds: tuple[tuple[str, tuple[Graft, ...]], ...] = ()
     outputs: tuple[Graft, ...] = ()
     deltas: tuple[Graft, ...] = ()
+    shown: Mapping[str, tuple[Graft, ...]] = field(default_factory=dict)
     is_additive: bool = True
     needs_base: bool = False
 
     @staticmethod
-    def of(grafts: Iterable[Graft]) -> Plan:
-        """The plan in which these grafts, and no others, act."""
+    def of(grafts: Iterable[Graft], is_read: bool = False) -> Plan:
+        """The plan in which these grafts, and no others, act.
+
+        Args:
+            is_read: a parent may read the layer's tensors rather than run it.
+        """
         parts: dict[str, list[Graft]] = {"map": [], "replace": [], "additive": []}
         rebinds: dict[str, list[Graft]] = {}
+        shown: dict[str, list[Graft]] = {}
         for graft in grafts:
-            if graft.site.parameter is not None:
-                rebinds.setdefault(graft.site.parameter, []).append(graft)
-            else:
+            if graft.site.rebinds or is_read:
+                for name in touched(graft):
+                    shown.setdefault(name, []).append(graft)
+                    if graft.site.rebinds:
+                        rebinds.setdefault(name, []).append(graft)
+            if not graft.site.rebinds:
                 parts[graft.method.kind].append(graft)
         maps = tuple(parts["map"])
         stand_in = parts["replace"][0] if parts["replace"] else None
@@ -67,6 +78,7 @@ class Plan:
             rebinds=tuple((name, tuple(who)) for name, who in rebinds.items()),
             outputs=maps,
             deltas=tuple(parts["additive"]),
+            shown={name: tuple(who) for name, who in shown.items()},
             is_additive=not (maps or stand_in or rebinds),
             needs_base=any(graft.method.needs_base for graft in parts["additive"]),
         )
@@ -79,12 +91,15 @@ class AdaptedLayer(LayerFacade, nn.Module):
         base_layer: a layer of the base model; an adapted layer is refused.
         path: its dotted path in the base model.
         roster: who is active in this model; shared by all its adapted layers.
+        is_read: a parent may read the layer's tensors rather than run it.
 
     Raises:
         NestingError: ``base_layer`` is, or contains, an adapted layer.
     """
 
-    def __init__(self, base_layer: nn.Module, path: str, roster: Roster) -> None:
+    def __init__(
+        self, base_layer: nn.Module, path: str, roster: Roster, is_read: bool = False
+    ) -> None:
         super().__init__()
         if any(isinstance(m, AdaptedLayer) for m in base_layer.modules()):
             raise NestingError(
@@ -95,6 +110,7 @@ class AdaptedLayer(LayerFacade, nn.Module):
         self.path = path
         self.storage = storage_of(base_layer)
         self.roster = roster
+        self.is_read = is_read
         self.grafts: dict[str, list[Graft]] = {}
         self.kept: dict[str, Any] = {}
         self.merged_grafts: list[Graft] = []
@@ -138,7 +154,7 @@ class AdaptedLayer(LayerFacade, nn.Module):
         groups = [(a, rows) for a, rows in route.groups(x, self) if a in self.grafts]
         base = y = self.base_layer(x, *args, **kwargs)
         for adapter, rows in groups:
-            plan = Plan.of(self.grafts[adapter])
+            plan = Plan.of(self.grafts[adapter], self.is_read)
             part = x.index_select(0, rows)
             if not plan.is_additive:
                 y = y.index_copy(0, rows, self._run(plan, part, args, kwargs).to(y.dtype))
@@ -155,14 +171,27 @@ class AdaptedLayer(LayerFacade, nn.Module):
         Args:
             layer: the base layer, or what stands in for it.
         """
-        values = {}
-        for name, grafts in plan.rebinds:
-            value = getattr(layer, name)
-            own = grafts[0].site.weight()
-            for graft in grafts:
-                value = value + graft.method.delta(graft.params, own).to(value.dtype)
-            values[name] = value
-        return values
+        return {name: effective(name, who, held(layer, name)) for name, who in plan.rebinds}
+
+    def show(self, name: str) -> Tensor | None:
+        """A tensor of the layer, by name, as a parent that reads it must see it.
+
+        Raises:
+            RoutingError: each row of the batch would have to see another one.
+        """
+        grafts = self.plan.shown.get(name)
+        route = self.roster.route
+        if route is not None:
+            if (self.is_read or grafts) and any(n in self.grafts for n in route.names):
+                raise RoutingError(
+                    f"{self.path}: its parent reads `{name}` rather than run the layer, so the "
+                    "rows of one batch cannot have adapters of their own. Switch the fast path "
+                    "off (torch.backends.mha.set_fastpath_enabled(False)), or run each "
+                    "adapter's rows in a batch of their own."
+                )
+            return held(self.base_layer, name)
+        value = held(self._standing(), name)
+        return value if not grafts or value is None else effective(name, grafts, value)
 
     def replan(self) -> None:
         """Decide what forwards do from now on; called whenever the roster or a merge changes."""
@@ -184,24 +213,26 @@ class AdaptedLayer(LayerFacade, nn.Module):
         ]
         stand_ins = [g for g in (*outside, *merged) if g.method.kind == "replace"]
         if len({g.adapter for g in stand_ins}) > 1:
-            names = ", ".join(f"`{g.adapter}`" for g in stand_ins)
+            names = ", ".join(f"`{g.adapter}` ({g.method.asked_by})" for g in stand_ins)
             raise StateError(
-                f"{self.path}: adapters {names} each hold a trained copy of this module "
-                "(`modules_to_save`), and only one can take its place. Activate one of them."
+                f"{self.path}: adapters {names} each hold a trained copy of this module, "
+                "and only one can take its place. Activate one of them."
             )
         others = {g.adapter for g in merged}
         for graft in outside:
-            reads_base = graft.method.kind == "map" or graft.method.needs_base
+            needs_base = graft.method.needs_base and not graft.site.rebinds
+            reads_base = graft.method.kind == "map" or needs_base
             if reads_base and others - {graft.adapter}:
                 raise StateError(
                     f"{self.path}: `{graft.adapter}` ({graft.method.name}) works on the base "
                     f"layer's own output, which is not at hand while {sorted(others)} are merged "
                     "into it. Unmerge them first."
                 )
-        if outside and any(g.method.kind == "replace" for g in outside):
-            # The copy stands in for the base, so what is merged into the base must be added to it.
-            outside += [g for g in merged if g.method.kind == "additive"]
-        return Plan.of(outside)
+        # A copy stands in for the base, so what is merged into the base must be added to it.
+        copied = tuple(g.site.key_of("") for g in outside if g.method.kind == "replace")
+        additive = [g for g in merged if g.method.kind == "additive"]
+        outside += [g for g in additive if g.site.key.startswith(copied)]
+        return Plan.of(outside, self.is_read)
 
     def add(self, graft: Graft, tensors: dict[str, Tensor]) -> None:
         """Register one adapter's tensors here; the caller has checked that the name is free."""
@@ -209,9 +240,7 @@ class AdaptedLayer(LayerFacade, nn.Module):
         self.grafts.setdefault(graft.adapter, []).append(graft)
         for name, tensor in tensors.items():
             group, _, leaf = name.partition(".")
-            container = self._group(group)
-            owner: nn.Module = container.leaf(graft.adapter) if leaf else container
-            key = leaf or container.key(graft.adapter)
+            owner, key = self._group(group).place(graft.adapter, graft.site.label, leaf)
             hold(owner, key, tensor)
             graft.owners[name] = (owner, key)
         if graft.shared is not None:
@@ -223,8 +252,8 @@ class AdaptedLayer(LayerFacade, nn.Module):
         """Register a trained copy of the base layer under ``modules_to_save.<adapter>``."""
         graft.site.kept = self.kept
         self.grafts.setdefault(graft.adapter, []).append(graft)
-        container = self._group(graft.method.prefix)
-        container._modules[container.key(graft.adapter)] = module
+        owner, key = self._group(graft.method.prefix).place(graft.adapter, graft.site.label, "")
+        owner._modules[key] = module
         graft.stand_in = module
         for name in module.state_dict():
             owner_path, _, leaf = name.rpartition(".")

@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from multigraft.effective import in_dtype, mapped, touched
 from multigraft.errors import MultigraftWarning, StateError, UnsupportedError
 from multigraft.graft import Graft
 from multigraft.layer import AdaptedLayer
-from multigraft.methods import Method
-from multigraft.methods.contract import Params
 from multigraft.requantisation import Loss, report
 from multigraft.roster import Roster
 from multigraft.storage import FOREIGN, Slot, slot_of
@@ -70,7 +69,7 @@ def merge(
     try:
         for layer in layers:
             grafts = [g.snapshot() for g in incoming[id(layer)]]
-            tensors = _tensor_names(layer, grafts)
+            tensors = _tensor_names(grafts)
             before = {n: slot_of(layer.base_layer, n).keep() for n in tensors}
             done.append((layer, layer.merged_grafts, {"kept": dict(layer.kept), "values": before}))
             losses += _write(layer, grafts, before, safe, keep_original)
@@ -121,9 +120,9 @@ def unmerge_layer(layer: AdaptedLayer, names: Sequence[str] | None = None) -> No
     gone = set(layer.merged_adapters if names is None else names)
     leaving = [g for g in layer.merged_grafts if g.adapter in gone]
     staying = [g for g in layer.merged_grafts if g.adapter not in gone]
-    for tensor in _tensor_names(layer, leaving):
+    for tensor in _tensor_names(leaving):
         slot = slot_of(layer.base_layer, tensor)
-        rest = [g for g in staying if tensor in _tensor_names(layer, [g])]
+        rest = [g for g in staying if tensor in _tensor_names([g])]
         layer.roster.losses.pop(f"{layer.path}.{tensor}", None)
         if tensor not in layer.kept:
             value = _fresh(slot.read())
@@ -148,7 +147,7 @@ def hide(roster: Roster) -> list[tuple[AdaptedLayer, dict[str, Any]]]:
     """
     layers = [x for x in roster.touched(roster.merged) if x.merged_grafts]
     for layer in layers:
-        names = _tensor_names(layer, layer.merged_grafts)
+        names = _tensor_names(layer.merged_grafts)
         if any(name not in layer.kept for name in names):
             raise StateError(
                 f"{layer.path}: merged with keep_original=False, so the base's own values are not "
@@ -178,11 +177,11 @@ def merged_value(layer: AdaptedLayer, grafts: Sequence[Graft], name: str, own: T
     value = own
     for graft in grafts:
         if graft.method.kind == "replace":
-            value = graft.params[name]
+            value = graft.params[name.removeprefix(graft.site.key_of(""))]
     value = _fresh(value)
     for graft in grafts:
         if graft.method.kind == "map":
-            value = _mapped(layer, graft, name, value)
+            value = mapped(graft, name, value)
     return _accumulate(value, grafts, name, 1.0, own)
 
 
@@ -251,12 +250,14 @@ def _check(layer: AdaptedLayer, grafts: Sequence[Graft], keep_original: bool) ->
 def _check_tensors(layer: AdaptedLayer, grafts: Sequence[Graft], keep_original: bool) -> None:
     """Everything about the tensors themselves that could forbid the merge."""
     together = [*layer.merged_grafts, *grafts]
-    replaced = {name for g in together if g.method.kind == "replace" for name in g.owners}
-    for name in _tensor_names(layer, together):
+    copies = [g for g in together if g.method.kind == "replace"]
+    replaced = {name for g in copies for name in touched(g)}
+    for name in _tensor_names(together):
         slot = slot_of(layer.base_layer, name)
         # A copy of the same class replaces all that its forward reads, whatever it means there.
         reason = None if name in replaced and slot.storage is FOREIGN else slot.refusal()
-        if replaced and name not in replaced:
+        inside = any(name.startswith(g.site.key_of("")) for g in copies)
+        if inside and name not in replaced:
             reason = reason or (
                 f"`{name}` is computed from tensors that a trained copy of this module replaces; "
                 "merge one of the two adapters, and keep the other"
@@ -285,31 +286,9 @@ def _give_back(layer: AdaptedLayer, state: Mapping[str, Any]) -> None:
         slot_of(layer.base_layer, name).give_back(kept)
 
 
-def _tensor_names(layer: AdaptedLayer, grafts: Sequence[Graft]) -> list[str]:
+def _tensor_names(grafts: Sequence[Graft]) -> list[str]:
     """The base tensors that these grafts change, each once."""
-    names: list[str] = []
-    for graft in grafts:
-        if graft.method.kind == "replace":
-            names += list(graft.owners)
-        else:
-            names.append(graft.site.tensor_name)
-            if _changes_bias(layer, graft):
-                names.append("bias")
-    return list(dict.fromkeys(names))
-
-
-def _changes_bias(layer: AdaptedLayer, graft: Graft) -> bool:
-    if graft.method.kind == "map":
-        has_bias = getattr(layer.base_layer, "bias", None) is not None
-        return has_bias and type(graft.method).output is not Method.output
-    if graft.site.parameter is not None or graft.method.delta_bias(graft.params) is None:
-        return False
-    if getattr(layer.base_layer, "bias", None) is None:
-        raise UnsupportedError(
-            f"{layer.path}: `{graft.adapter}` has a bias (`lora_bias`) and the base layer has none "
-            "to merge it into. Keep it as an adapter."
-        )
-    return True
+    return list(dict.fromkeys(name for graft in grafts for name in touched(graft)))
 
 
 def _accumulate(
@@ -320,37 +299,21 @@ def _accumulate(
     for graft in grafts:
         if graft.method.kind != "additive":
             continue
-        params = _as(dtype, graft.params)
-        if graft.site.tensor_name == name:
+        params = in_dtype(dtype, graft.params)
+        if graft.site.key == name:
             base = own.to(dtype) if own is not None and graft.method.needs_weight else None
             total.add_(graft.method.delta(params, base), alpha=sign)
-        elif name == "bias" and graft.site.parameter is None:
+        elif name == graft.site.key_of("bias") and graft.site.parameter is None:
             bias = graft.method.delta_bias(params)
             if bias is not None:
                 total.add_(bias, alpha=sign)
     return total
 
 
-def _mapped(layer: AdaptedLayer, graft: Graft, name: str, value: Tensor) -> Tensor:
-    """A weight or bias with a linear map of the layer's input or output folded in."""
-    method, geometry = graft.method, graft.site.geometry
-    assert geometry is not None
-    params = _as(value.dtype, graft.params)
-    if name == "bias":
-        return method.output(params, method.as_output_bias(value)).reshape(value.shape)
-    value = geometry.fold_input(layer.base_layer, value, lambda x: method.input(params, x))
-    value = geometry.fold_output(layer.base_layer, value, lambda y: method.output(params, y))
-    return value.contiguous()
-
-
 def _fresh(tensor: Tensor) -> Tensor:
     """A copy in the dtype that merging accumulates in; counts stay what they are."""
     is_wide = tensor.dtype == torch.float64 or not tensor.is_floating_point()
     return tensor.detach().to(tensor.dtype if is_wide else torch.float32, copy=True)
-
-
-def _as(dtype: torch.dtype, params: Params) -> dict[str, Tensor]:
-    return {n: t.to(dtype) if t.is_floating_point() else t for n, t in params.items()}
 
 
 def _restore(layer: AdaptedLayer, grafts: list[Graft], state: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,12 +17,14 @@ from torch import Tensor, nn
 from multigraft import prompts
 from multigraft.config import PeftConfig, TargetedConfig
 from multigraft.defaults import default_targets
+from multigraft.errors import MultigraftWarning, TargetError
 from multigraft.graft import Graft, Shared, grow, grow_shared
 from multigraft.keys import disk_names
 from multigraft.methods import METHODS, Method, TensorSpec
+from multigraft.needs import Need
 from multigraft.prompts import CONTEXTS, Context
 from multigraft.site import Site
-from multigraft.sites import Need, find, minimal_names
+from multigraft.sites import find, minimal_names
 from multigraft.survey import Spot, survey
 from multigraft.wrap import Scion
 
@@ -43,11 +46,6 @@ class Prepared:
     config: PeftConfig
     parts: list[tuple[Need, Method]]
     model: nn.Module
-
-    @cached_property
-    def main_spots(self) -> set[int]:
-        """Identities of the modules whose weight this adapter acts on."""
-        return {id(need.spot) for need, _ in self.parts if need.site.parameter is None}
 
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Shapes by key on disk, relative to the base model."""
@@ -136,9 +134,8 @@ class Prepared:
 
     def _keys(self, need: Need, method: Method) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name in memory to (key on disk, shape), for what is saved."""
-        beside = need.site.parameter is not None and id(need.spot) in self.main_spots
         return {
-            name: (disk_names(need.site, spec.on_disk or name, beside, self.config), spec.shape)
+            name: (disk_names(need.site, spec.on_disk or name, self.config), spec.shape)
             for name, spec in method.tensors().items()
             if spec.saved
         }
@@ -170,9 +167,32 @@ def prepare(
     needs = find(model, config, spots, lenient=lenient)
     main = [n for n in needs if n.method.name == str(config.peft_type)]
     parts = [(need, need.method(need.site, config)) for need in needs]
+    _check_dropout([(need.site, method) for need, method in parts])
     _resolve_targets(model, config, main, spots)
     _resolve_layout(config, main)
     return Prepared(adapter, config, parts, model)
+
+
+def _check_dropout(parts: Sequence[tuple[Site, Method]]) -> None:
+    """Refuse dropout on parameters, as PEFT does; say where else it has no effect.
+
+    Where a forward reads W + ΔW there is no input of the adapter's own to drop elements of.
+    """
+    drops = [s for s, m in parts if s.rebinds and (m.dropout or m.rank_dropout or m.module_dropout)]
+    for site in drops:
+        if site.parameter and site.target == str(site):
+            raise TargetError(
+                f"`target_parameters`: {site} is changed as a whole, so dropout cannot act on "
+                "what goes into its adapter. Set the dropout to 0."
+            )
+    if drops:
+        warnings.warn(
+            f"dropout has no effect on {', '.join(map(str, drops[:3]))}"
+            f"{' and others' if len(drops) > 3 else ''}: the attention reads their tensors rather "
+            "than run them.",
+            MultigraftWarning,
+            stacklevel=4,
+        )
 
 
 def _resolve_layout(config: PeftConfig, main: Sequence[Need]) -> None:
@@ -188,7 +208,9 @@ def _resolve_targets(
     """Write what "all-linear" and None turned out to mean into the model's own copy."""
     if not isinstance(config, TargetedConfig) or config.target_modules not in (None, "all-linear"):
         return
-    chosen = [need.spot for need in main]
+    chosen = [need.spot for need in main if need.site.parameter is None]
+    if not chosen and getattr(config, "target_parameters", None):
+        return
     usual = default_targets(model) if config.target_modules is None else None
     if isinstance(usual, list):
         config.target_modules = list(usual)

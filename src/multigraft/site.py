@@ -25,6 +25,11 @@ class Site:
         parameter: the tensor that is acted on when it is not the weight behind the forward: a
             bias, or a fused parameter of a module that reads it directly.
         kept: what the storage kept of the base's tensors while adapters are merged into them.
+        inner: where ``layer`` lies in the module that is wrapped for it; empty when that is
+            ``layer`` itself.
+        target: what configs' patterns match; the path unless a parameter is named.
+        label: tells the tensors of several sites of one adapter at one adapted layer apart.
+        disk: where this adapter's tensors stand in files; the path unless PEFT nests wrappers.
     """
 
     path: str
@@ -33,18 +38,45 @@ class Site:
     storage: Storage
     parameter: str | None = None
     kept: dict[str, Any] = field(default_factory=dict)
+    inner: str = ""
+    target: str = ""
+    label: str = ""
+    disk: str = ""
+
+    def __post_init__(self) -> None:
+        self.target = self.target or self.path
+        self.disk = self.disk or self.path
 
     def weight(self) -> Tensor:
         """The base's own tensor, dense and in its layout, even while adapters are merged."""
-        name = self.tensor_name
-        if name in self.kept:
-            return self.storage.read_kept(self.layer, self.kept[name], name)
+        name, key = self.tensor_name, self.key
+        if key in self.kept:
+            return self.storage.read_kept(self.layer, self.kept[key], name)
         return self.storage.read(self.layer, name)
 
     @property
     def tensor_name(self) -> str:
         """Name of the base tensor that this site's adapters change."""
         return self.parameter or "weight"
+
+    @property
+    def key(self) -> str:
+        """The same in the state dict of the module that is wrapped."""
+        return self.key_of(self.tensor_name)
+
+    def key_of(self, name: str) -> str:
+        """A tensor of the layer by its name in the state dict of the module that is wrapped."""
+        return f"{self.inner}.{name}" if self.inner else name
+
+    @property
+    def host_path(self) -> str:
+        """Base path of the module that is wrapped."""
+        return self.path.removesuffix(f".{self.inner}") if self.inner else self.path
+
+    @property
+    def rebinds(self) -> bool:
+        """Whether adapters act by changing a tensor that some forward reads, beside no output."""
+        return bool(self.inner or self.parameter)
 
     @property
     def device(self) -> torch.device:
@@ -58,6 +90,9 @@ class Site:
     @property
     def dtype(self) -> torch.dtype:
         """The floating dtype that new adapter tensors take from the base layer."""
+        own = self.layer._parameters.get(self.parameter) if self.parameter else None
+        if own is not None and own.is_floating_point() and own.dtype.itemsize > 1:
+            return own.dtype
         return self.storage.compute_dtype(self.layer) or torch.float32
 
     def __str__(self) -> str:

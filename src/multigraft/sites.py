@@ -11,37 +11,20 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from multigraft.bases import geometry_of
 from multigraft.config import PeftConfig, TargetedConfig, TaskType, matching_pattern
 from multigraft.defaults import TASK_HEADS, default_targets
 from multigraft.errors import MultigraftWarning, TargetError, did_you_mean
-from multigraft.methods import METHODS, Method
-from multigraft.registry import TypeRegistry
-from multigraft.site import Site
-from multigraft.storage import storage_of
+from multigraft.methods import METHODS
+from multigraft.needs import Need, module_needs, name_on_disk, need_at, parameter_needs
 from multigraft.survey import Spot
-
-BYPASSED: TypeRegistry[frozenset[str]] = TypeRegistry("parent that bypasses its children")
-BYPASSED.register(nn.MultiheadAttention)(frozenset({"out_proj"}))
-BYPASSED.register(nn.TransformerEncoderLayer)(frozenset({"linear1", "linear2"}))
-"""Parents that read their children's ``.weight`` directly, so that an adapter's forward may never
-run: an adapter there would train and then vanish, or never train at all."""
 
 HEAD_NAMES = ("score", "classifier")
 """Heads of sequence classifiers, which transformers initialises afresh."""
-
-
-@dataclass(eq=False)
-class Need:
-    """One thing that a config asks for: this method at this site."""
-
-    site: Site
-    method: type[Method]
-    spot: Spot
 
 
 def find(
@@ -63,9 +46,14 @@ def find(
     main = METHODS[str(config.peft_type)]
     taken = {id(s) for s in spots if any(_is_within(s, need.spot) for need in saved)}
     targets = _targets(model, config, spots, taken, lenient)
-    needs = [Need(_site(spot, main), main, spot) for spot in targets]
-    _check_patterns(config, [need.site.path for need in needs], lenient)
-    return needs + saved + _biases(config, needs, spots, taken)
+    needs = _once([need for spot in targets for need in module_needs(spot, main)])
+    named = getattr(config, "target_parameters", None) or ()
+    free = [spot for spot in spots if id(spot) not in taken]
+    needs += _beside(needs, parameter_needs(named, main, free, lenient) if named else [])
+    _check_patterns(config, [need.site.target for need in needs], lenient)
+    needs += saved + _biases(config, needs, spots, taken)
+    name_on_disk(needs, main)
+    return needs
 
 
 def minimal_names(targets: Iterable[Spot], spots: Sequence[Spot]) -> list[str] | str:
@@ -94,7 +82,7 @@ def _targets(
 ) -> list[Spot]:
     wanted = config.target_modules
     if wanted is None:
-        wanted = default_targets(model, METHODS[str(config.peft_type)].default_targets)
+        wanted = _default_targets(model, config)
     _check_layers(config, spots, lenient)
     if wanted == "all-linear":
         found = _all_linear(model, config, spots)
@@ -117,6 +105,15 @@ def _targets(
     return found
 
 
+def _default_targets(model: nn.Module, config: TargetedConfig) -> list[str] | str:
+    try:
+        return default_targets(model, METHODS[str(config.peft_type)].default_targets)
+    except TargetError:
+        if getattr(config, "target_parameters", None):
+            return []  # as PEFT has it: then the parameters are all that is meant
+        raise
+
+
 def _all_linear(model: nn.Module, config: TargetedConfig, spots: Sequence[Spot]) -> list[Spot]:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     head = getattr(head, "base_layer", head)
@@ -125,7 +122,7 @@ def _all_linear(model: nn.Module, config: TargetedConfig, spots: Sequence[Spot])
     for spot in spots:
         geometry = geometry_of(spot.layer)
         is_head = spot.layer is head or (is_classifier and spot.path in HEAD_NAMES)
-        if geometry is None or not geometry.is_linear or is_head or _bypass(spot) is not None:
+        if geometry is None or not geometry.is_linear or is_head:
             continue
         if _in_layers(config, spot, "all-linear", lenient=True):
             found.append(spot)
@@ -215,35 +212,24 @@ def _in_layers(config: TargetedConfig, spot: Spot, wanted: list[str] | str, leni
     return is_in
 
 
-def _site(spot: Spot, method: type[Method], parameter: str | None = None) -> Site:
-    layer = spot.layer
-    geometry = geometry_of(layer)
-    if method.kind != "replace" and parameter is None:
-        where = f"{method.name} cannot adapt {spot.path} ({type(layer).__name__})"
-        if geometry is None or geometry.name not in method.geometries:
-            able = ", ".join(sorted(method.geometries))
+def _once(needs: Sequence[Need]) -> list[Need]:
+    """Without repeats: a layer may be targeted by itself and as a part of another."""
+    found: dict[tuple[int, str], Need] = {}
+    for need in needs:
+        found.setdefault((id(need.spot), need.site.tensor_name), need)
+    return list(found.values())
+
+
+def _beside(needs: Sequence[Need], more: list[Need]) -> list[Need]:
+    """``more``, unless it acts on the same tensors."""
+    known = {(id(need.spot), need.site.tensor_name) for need in needs}
+    for need in more:
+        if (id(need.spot), need.site.tensor_name) in known:
             raise TargetError(
-                f"{where}: it adapts layers of the kinds {able}. Name such layers in "
-                "`target_modules`, or leave this one out with `exclude_modules`."
+                f"`target_parameters` names {need.site.path}.{need.site.tensor_name}, which "
+                "`target_modules` means as well. Leave it out of one of the two."
             )
-        reason = _bypass(spot)
-        if reason:
-            raise TargetError(f"{where}: {reason}")
-    # While adapters are merged, the base's own tensors are what its wrapper kept of them.
-    kept = spot.wrapper.kept if spot.wrapper is not None else {}
-    storage = storage_of(layer, parameter or "weight")
-    return Site(spot.path, layer, geometry, storage, parameter, kept)
-
-
-def _bypass(spot: Spot) -> str | None:
-    for parent, name in spot.places:
-        if name in (BYPASSED.find(type(parent)) or ()):
-            return (
-                f"its parent {type(parent).__name__} reads `{name}.weight` directly, so an "
-                "adapter on it would not run (in evaluation, or at all). Leave it out with "
-                "`exclude_modules`."
-            )
-    return None
+    return more
 
 
 def _saved(config: PeftConfig, spots: Sequence[Spot], lenient: bool) -> list[Need]:
@@ -272,7 +258,7 @@ def _saved(config: PeftConfig, spots: Sequence[Spot], lenient: bool) -> list[Nee
                 "are adapted, so it cannot be copied as a whole. Save its parts by name."
             )
         parts |= {id(s): s for s in ([spot] if whole else owners)}
-    return [Need(_site(s, method), method, s) for s in parts.values()]
+    return [need_at(s, method, geometry=geometry_of(s.layer)) for s in parts.values()]
 
 
 def _refuse_hidden(config: PeftConfig, spots: Sequence[Spot]) -> None:
@@ -281,17 +267,24 @@ def _refuse_hidden(config: PeftConfig, spots: Sequence[Spot]) -> None:
     The copy takes its place, so an adapter there would act or not depending on who else is active.
     """
     for spot in spots:
-        if spot.wrapper is None or not spot.layer._modules:
+        owners = _copied_by(spot) if spot.layer._modules else ""
+        if not owners:
             continue
         for name, module in spot.layer.named_modules():
             path = f"{spot.path}.{name}"
-            if name and _means(config, path, module):
-                owners = ", ".join(f"`{a}`" for a in spot.wrapper.grafts)
+            if name and name not in spot.hosted and _means(config, path, module):
                 raise TargetError(
                     f"{path} lies inside {spot.path}, of which {owners} trains a whole copy "
                     "(`modules_to_save`). Leave it out with `exclude_modules`, or delete that "
                     "adapter first."
                 )
+
+
+def _copied_by(spot: Spot) -> str:
+    """The adapters that train a whole copy of this module."""
+    grafts = spot.wrapper.all_grafts() if spot.wrapper is not None else ()
+    copies = [g for g in grafts if g.method.kind == "replace" and not g.site.inner]
+    return ", ".join(f"`{g.adapter}`" for g in copies)
 
 
 def _means(config: PeftConfig, path: str, module: nn.Module) -> bool:
@@ -315,7 +308,8 @@ def _is_within(spot: Spot, whole: Spot) -> bool:
 
 
 def _own_tensors(layer: nn.Module) -> bool:
-    return any(t is not None for t in (*layer._parameters.values(), *layer._buffers.values()))
+    own = (*layer._parameters.values(), *layer._buffers.values())
+    return any(t is not None for t in own) or is_parametrized(layer)
 
 
 def _biases(
@@ -327,15 +321,15 @@ def _biases(
     method = METHODS["BIAS"]
     adapted = {id(need.spot) for need in needs}
     if kind == "lora_only":
-        pairs = [(need.spot, "bias") for need in needs]
+        pairs = [(spot, "bias") for spot in {id(n.spot): n.spot for n in needs}.values()]
     else:
         pairs = [(s, name) for s in spots for name in s.layer._parameters if name.endswith("bias")]
     return [
-        Need(_site(spot, method, name), method, spot)
+        need_at(spot, method, name)
         for spot, name in pairs
         if getattr(spot.layer, name, None) is not None
         and id(spot) not in taken
-        and (id(spot) in adapted or spot.layer._modules == {})
+        and (id(spot) in adapted or spot.hosted or spot.layer._modules == {})
     ]
 
 

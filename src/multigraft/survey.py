@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
+from multigraft.bases import HOSTS
 from multigraft.errors import NestingError
 from multigraft.layer import AdaptedLayer
 from multigraft.registry import TypeRegistry, qualified_name
@@ -42,12 +44,27 @@ class Spot:
         paths: its base paths; more than one when the module is shared. The first one names it.
         places: the (parent, child name) pairs that hold it or its wrapper.
         wrapper: the adapted layer around it, if there is one.
+        host: the module that reads this one's tensors and never runs it; adapters of this one
+            live at the host.
+        hosted: what this module is the host of, by the child's name.
     """
 
     layer: nn.Module
     paths: list[str] = field(default_factory=list)
     places: list[tuple[nn.Module, str]] = field(default_factory=list)
     wrapper: AdaptedLayer | None = None
+    host: Spot | None = None
+    hosted: dict[str, Spot] = field(default_factory=dict)
+
+    @property
+    def inner(self) -> str:
+        """This module's name in its host."""
+        return self.places[0][1] if self.host is not None else ""
+
+    @property
+    def is_hosted(self) -> bool:
+        """Whether it never runs; without a `host` when that is the model itself."""
+        return any(name in _hosted(parent) for parent, name in self.places)
 
     @property
     def path(self) -> str:
@@ -83,6 +100,9 @@ def survey(model: nn.Module) -> list[Spot]:
         spot.paths.append(path)
         spot.places.append((parent, name))
         spot.wrapper = wrapper or spot.wrapper
+        if name in _hosted(parent) and id(parent) in spots:
+            spot.host = spots[id(parent)]
+            spot.host.hosted[name] = spot
     return list(spots.values())
 
 
@@ -101,14 +121,24 @@ def _collect(module: nn.Module, prefix: str, found: list[Child]) -> None:
     for name, child in module._modules.items():
         if child is None:
             continue
+        if name == "parametrizations" and is_parametrized(module):
+            continue  # how the parent's weight is stored, and no layer of the model
         if is_transparent and name in TRANSPARENT:
             _collect(child, prefix, found)
             continue
         path = f"{prefix}{name}"
         parent, name, child = _seen_through(module, name, child)
         found.append((path, parent, name, child))
-        if child._modules and not isinstance(child, AdaptedLayer):
+        if isinstance(child, AdaptedLayer):
+            base = child.base_layer
+            found += [(f"{path}.{n}", base, n, base._modules[n]) for n in _hosted(base)]  # type: ignore[misc]
+        elif child._modules:
             _collect(child, f"{path}.", found)
+
+
+def _hosted(parent: nn.Module) -> frozenset[str]:
+    """Names of the children that this module never runs."""
+    return HOSTS.find(type(parent)) or frozenset()
 
 
 def _seen_through(

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from multigraft.bases import READERS
 from multigraft.config import PeftConfig
 from multigraft.containers import AdapterDict
 from multigraft.errors import NestingError
@@ -148,7 +149,8 @@ def _set(
     """Register every graft at its adapted layer, wrapping where there is none yet."""
     layers: dict[int, AdaptedLayer] = {}
     for scion in scions:
-        layer = scion.spot.wrapper or _wrap(scion.spot, roster, undo)
+        spot = scion.spot.host or scion.spot
+        layer = spot.wrapper or _wrap(spot, roster, undo)
         undo.append(lambda layer=layer: _drop(layer, adapter))  # type: ignore[misc]
         if scion.module is not None:
             layer.add_stand_in(scion.graft, scion.module)
@@ -179,7 +181,8 @@ def _remembered(layer: AdaptedLayer) -> Callable[[], None]:
 
 
 def _wrap(spot: Spot, roster: Roster, undo: list[Callable[[], None]]) -> AdaptedLayer:
-    layer = AdaptedLayer(spot.layer, spot.path, roster)
+    is_read = any(name in (READERS.find(type(p)) or ()) for p, name in spot.places)
+    layer = AdaptedLayer(spot.layer, spot.path, roster, is_read)
     for parent, name in spot.places:
         undo.append(lambda parent=parent, name=name: _put(parent, name, spot.layer))  # type: ignore[misc]
         _put(parent, name, layer)

@@ -1,6 +1,20 @@
 """Geometries: one file a kind of layer. The import list is explicit and sorted."""
 
-from multigraft.bases import conv, embedding, linear
-from multigraft.bases.contract import GEOMETRIES, Geometry, geometry_of
+from multigraft.bases import attention, conv, embedding, experts, linear
+from multigraft.bases.contract import GEOMETRIES, HOSTS, READERS, Geometry, Part, geometry_of
+from multigraft.bases.experts import parameter_geometry
 
-__all__ = ["GEOMETRIES", "Geometry", "conv", "embedding", "geometry_of", "linear"]
+__all__ = [
+    "GEOMETRIES",
+    "HOSTS",
+    "READERS",
+    "Geometry",
+    "Part",
+    "attention",
+    "conv",
+    "embedding",
+    "experts",
+    "geometry_of",
+    "linear",
+    "parameter_geometry",
+]

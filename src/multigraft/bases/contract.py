@@ -7,12 +7,26 @@ laid out (Conv1D stores it transposed, an embedding is a lookup); no method ever
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from multigraft.registry import TypeRegistry
+
+
+class Part(NamedTuple):
+    """One tensor of a layer that is targeted as a whole.
+
+    Args:
+        inner: the child that holds it; empty for the layer itself.
+        parameter: its name, when it is not the weight behind a forward.
+        geometry: how it is shaped.
+    """
+
+    inner: str
+    parameter: str | None
+    geometry: Geometry
 
 
 class Geometry:
@@ -29,6 +43,14 @@ class Geometry:
     def sizes(self, layer: nn.Module) -> tuple[int, int]:
         """``(in, out)`` of the layer."""
         raise NotImplementedError(f"{type(self).__name__} must define `sizes`")
+
+    def whole_refusal(self, layer: nn.Module) -> str | None:
+        """Why this layer cannot be adapted as a whole, and what to do; ``None`` when it can."""
+        return None
+
+    def parts(self, layer: nn.Module) -> tuple[Part, ...]:
+        """What targeting this layer means: its weight, unless it is made of several."""
+        return (Part("", None, self),)
 
     def understands(self, layer: nn.Module) -> bool:
         """Whether the layer runs the forward that this geometry describes, not one of its own."""
@@ -71,6 +93,12 @@ class Geometry:
         """``B A`` in the layout and shape of the layer's weight."""
         raise NotImplementedError(f"{type(self).__name__} must define `product`")
 
+    def add_product(
+        self, layer: nn.Module, W: Tensor, A: Tensor, B: Tensor, scale: float
+    ) -> Tensor:
+        """``W + scale * B A`` in ``W``'s dtype; a geometry with a fused operator overrides it."""
+        return W + (self.product(layer, A, B) * scale).to(W.dtype)
+
     def as_matrix(self, layer: nn.Module, W: Tensor) -> Tensor:
         """The weight as a matrix ``(out, in)``; convolution kernels are flattened into ``in``."""
         return W
@@ -104,6 +132,14 @@ class Geometry:
 
 GEOMETRIES: TypeRegistry[Geometry] = TypeRegistry("geometry")
 """Kinds of layers by type; a new kind is one file that registers itself here."""
+
+HOSTS: TypeRegistry[frozenset[str]] = TypeRegistry("host of layers that do not run")
+"""Parents that never run some of their children but read their tensors; by type, the children.
+An adapter on such a child lives at the parent, as a change of the parent's tensors."""
+
+READERS: TypeRegistry[frozenset[str]] = TypeRegistry("parent that may bypass its children")
+"""Parents that sometimes read their children's tensors rather than run them; by type, the
+children. Such a child, adapted, shows its adapted tensors."""
 
 
 def geometry_of(layer: nn.Module) -> Geometry | None:

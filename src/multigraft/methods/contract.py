@@ -166,6 +166,10 @@ class Method:
         """Additive: ΔW in the weight's layout. ``W`` is given when `needs_weight`, densely."""
         raise NotImplementedError(f"{type(self).__name__} must define `delta`")
 
+    def add_delta(self, params: Params, value: Tensor, W: Tensor | None = None) -> Tensor:
+        """Additive: ``value + delta`` in ``value``'s dtype; overridden where it fuses."""
+        return value + self.delta(params, W).to(value.dtype)
+
     def delta_bias(self, params: Params) -> Tensor | None:
         """Additive: Δb ``(out,)``, or None."""
         return None

@@ -21,6 +21,7 @@ from multigraft.config import (
     PeftType,
     TargetedConfig,
     check_choice,
+    check_names,
     check_patterns,
     pattern_value,
     require,
@@ -46,6 +47,8 @@ class LoraConfig(TargetedConfig):
         init_lora_weights: True (B = 0), ``"gaussian"`` (A normal, B = 0), or False (both random).
         rank_pattern, alpha_pattern: exceptions per site, regular expressions to values.
         lora_bias: give B a bias.
+        target_parameters: parameters to adapt by themselves, whatever module reads them: names, or
+            ends of dotted paths (``experts.gate_up_proj``); matrices, and experts' stacks of them.
         use_dora: decompose the weight into magnitude and direction (`multigraft.variants.dora`).
 
     The remaining fields are PEFT's; setting one that is not built yet is refused by name.
@@ -97,7 +100,6 @@ class LoraConfig(TargetedConfig):
         "monteclora_config": None,
         "layer_replication": None,
         "runtime_config": {"ephemeral_gpu_offload": False},
-        "target_parameters": None,
         "use_bdlora": None,
         "arrow_config": None,
         "kasa_config": None,
@@ -107,6 +109,7 @@ class LoraConfig(TargetedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         where = "LoraConfig"
+        self.target_parameters = check_names(where, "target_parameters", self.target_parameters)
         self.rank_pattern = check_patterns(where, "rank_pattern", self.rank_pattern)
         self.alpha_pattern = check_patterns(where, "alpha_pattern", self.alpha_pattern)
         for name, rank in _entries("r", self.r, "rank_pattern", self.rank_pattern):
@@ -140,13 +143,13 @@ class LoRA(Method):
     """LoRA at one site: constants from the config, tensors named by the geometry."""
 
     prefix = "lora_"
-    geometries = frozenset({"linear", "conv1d_transposed", "conv", "embedding"})
+    geometries = frozenset({"linear", "conv1d_transposed", "conv", "embedding", "experts"})
 
     def __init__(self, site: Site, config: LoraConfig) -> None:
         super().__init__(site, config)
         self.A, self.B = self.geometry.factors
-        self.rank = pattern_value(config.rank_pattern, site.path, config.r)
-        self.alpha = pattern_value(config.alpha_pattern, site.path, config.lora_alpha)
+        self.rank = pattern_value(config.rank_pattern, site.target, config.r)
+        self.alpha = pattern_value(config.alpha_pattern, site.target, config.lora_alpha)
         self.scaling = self.alpha / (math.sqrt(self.rank) if config.use_rslora else self.rank)
         is_lookup = self.geometry.name == "embedding"
         self.dropout = 0.0 if is_lookup else config.lora_dropout
@@ -158,8 +161,19 @@ class LoRA(Method):
             self.needs_base = self.variant.needs_base
             self.has_exact_gradients = self.variant.has_exact_gradients
             refusal = refusal or self.variant.refusal(self)
+        refusal = refusal or self._bias_refusal()
         if refusal:
-            raise TargetError(f"LoRA cannot adapt {site.path}: {refusal}.")
+            raise TargetError(f"LoRA cannot adapt {site}: {refusal}.")
+
+    def _bias_refusal(self) -> str | None:
+        """Why `lora_bias` cannot be had here, or ``None``."""
+        # Where the layer does not run, B's bias can only be added to the layer's own.
+        site = self.site
+        if not (self.bias and site.rebinds):
+            return None
+        if site.parameter is None and getattr(site.layer, "bias", None) is not None:
+            return None
+        return "`lora_bias` has no bias of the base to act on here; leave it False"
 
     def tensors(self) -> dict[str, TensorSpec]:
         a, b = self.geometry.factor_shapes(self.site.layer, self.rank)
@@ -224,6 +238,12 @@ class LoRA(Method):
             return self.variant.delta(self, params, W)
         product = self.geometry.product(self.site.layer, params[self.A], params[self.B])
         return product * self.scaling
+
+    def add_delta(self, params: Params, value: Tensor, W: Tensor | None = None) -> Tensor:
+        if self.variant is not None:
+            return super().add_delta(params, value, W)
+        A, B = params[self.A], params[self.B]
+        return self.geometry.add_product(self.site.layer, value, A, B, self.scaling)
 
     def delta_bias(self, params: Params) -> Tensor | None:
         return params[self.bias] * self.scaling if self.bias else None

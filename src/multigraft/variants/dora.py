@@ -39,6 +39,8 @@ class DoRA(Variant):
     def refusal(self, lora: Method) -> str | None:
         if lora.config.lora_bias:
             return "`use_dora` cannot be combined with `lora_bias`; leave one of them out"
+        if lora.geometry.name == "experts":
+            return "`use_dora` has no magnitude for stacked experts; leave it False for them"
         groups = getattr(lora.site.layer, "groups", 1)
         return (
             f"`use_dora` needs a convolution with `groups` 1, not {groups}" if groups > 1 else None
