@@ -238,6 +238,11 @@ def _check(layer: AdaptedLayer, grafts: Sequence[Graft], keep_original: bool) ->
                 "with keep_original=True."
             )
         for name, tensor in graft.params.items():
+            if tensor.is_meta:
+                raise StateError(
+                    f"{layer.path}: `{name}` of `{graft.adapter}` is on the meta device and holds "
+                    "no values; load the adapter before merging it."
+                )
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise ValueError(
                     f"{layer.path}: `{name}` of `{graft.adapter}` holds NaN or infinity; nothing "

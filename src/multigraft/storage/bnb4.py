@@ -32,7 +32,8 @@ class Bnb4(Storage):
         return None
 
     def read(self, layer: nn.Module, name: str = "weight") -> Tensor:
-        return _dequantise(_weight(layer, name).data, _state(layer, name))
+        weight, state = _weight(layer, name), _state(layer, name)
+        return weight.detach() if state is None else _dequantise(weight.data, state)
 
     def write(self, layer: nn.Module, value: Tensor, name: str = "weight") -> None:
         from bitsandbytes.functional import quantize_4bit
@@ -72,9 +73,7 @@ class Bnb4(Storage):
             _put(weight, state, *_unpacked(weight.data, state))
 
     def compute_dtype(self, layer: nn.Module) -> torch.dtype | None:
-        # As PEFT has it: what the packed data are kept in, where that is a floating dtype.
-        dtype: torch.dtype = _weight(layer, "weight").dtype
-        return dtype if dtype.is_floating_point else None
+        return getattr(layer, "compute_dtype", None)
 
 
 def _weight(layer: nn.Module, name: str) -> Any:
