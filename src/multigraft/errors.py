@@ -78,3 +78,10 @@ def did_you_mean(name: str, known: Iterable[str], limit: int = 3) -> str:
     """`` Nearest: `a`, `b`.`` for the names most like ``name``, or an empty string."""
     nearest = difflib.get_close_matches(name, list(known), n=limit, cutoff=0.5)
     return f" Nearest: {', '.join(f'`{n}`' for n in nearest)}." if nearest else ""
+
+
+def there_are(known: Iterable[str], limit: int = 8) -> str:
+    """`` There are: `a`, `b` and 3 more.`` for what could have been named."""
+    names = sorted(set(known))
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f" There are: {', '.join(f'`{n}`' for n in names[:limit])}{more}." if names else ""

@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from multigraft.bases import geometry_of
 from multigraft.config import PeftConfig, TargetedConfig, TaskType, matching_pattern
 from multigraft.defaults import TASK_HEADS, default_targets
-from multigraft.errors import MultigraftWarning, TargetError, did_you_mean
+from multigraft.errors import MultigraftWarning, TargetError, did_you_mean, there_are
 from multigraft.methods import METHODS
 from multigraft.needs import Need, module_needs, name_on_disk, need_at, parameter_needs
 from multigraft.survey import Spot
@@ -52,6 +52,11 @@ def find(
     needs += _beside(needs, parameter_needs(named, main, free, lenient) if named else [])
     _check_patterns(config, [need.site.target for need in needs], lenient)
     needs += saved + _biases(config, needs, spots, taken)
+    if not needs:
+        raise TargetError(
+            "the config means no module at all: `target_modules` (=[]), and nothing else to train. "
+            "Name modules to adapt, or in `modules_to_save`."
+        )
     name_on_disk(needs, main)
     return needs
 
@@ -100,7 +105,8 @@ def _targets(
         raise TargetError(
             f"no module is left to adapt: `target_modules` (={config.target_modules!r}), "
             f"`exclude_modules` (={excluded!r}), `layers_to_transform` "
-            f"(={config.layers_to_transform!r}), `modules_to_save` (={config.modules_to_save!r})."
+            f"(={config.layers_to_transform!r}), `modules_to_save` (={config.modules_to_save!r}). "
+            "Loosen one of them."
         )
     return found
 
@@ -147,7 +153,7 @@ def _check_names(
     paths = [p for s in found for p in s.paths]
     if isinstance(wanted, str):
         if not any(_matches(wanted, p) for p in paths):
-            hint = ""
+            hint = there_are((s.path for s in spots if s.layer._parameters), limit=4)
             if any(_matches([wanted], p) for s in spots for p in s.paths):
                 hint = f" As a name it must stand in a list: {field}=[{wanted!r}]."
             raise TargetError(
@@ -158,7 +164,8 @@ def _check_names(
     if not missing:
         return
     known = {p.rpartition(".")[2] for s in spots for p in s.paths} | {s.path for s in spots}
-    hints = "".join(did_you_mean(name, known) for name in missing)
+    usable = {s.path.rpartition(".")[2] for s in spots if s.layer._parameters}
+    hints = "".join(did_you_mean(name, known) for name in missing) or there_are(usable)
     message = f"`{field}`: no module is called {', '.join(f'`{n}`' for n in missing)}.{hints}"
     if lenient and len(missing) < len(wanted):
         warnings.warn(message, MultigraftWarning, stacklevel=2)
@@ -339,7 +346,7 @@ def _check_patterns(config: TargetedConfig, paths: list[str], lenient: bool) -> 
         unused = [k for k in patterns if not any(matching_pattern({k: 0}, p) for p in paths)]
         if unused:
             known = {p.rpartition(".")[2] for p in paths} | set(paths)
-            hints = "".join(did_you_mean(k, known) for k in unused)
+            hints = "".join(did_you_mean(k, known) for k in unused) or there_are(known)
             message = (
                 f"`{field}`: {', '.join(f'`{k}`' for k in unused)} match no adapted module.{hints}"
             )
