@@ -213,10 +213,11 @@ class AdaptedLayer(LayerFacade, nn.Module):
         ]
         stand_ins = [g for g in (*outside, *merged) if g.method.kind == "replace"]
         if len({g.adapter for g in stand_ins}) > 1:
-            names = ", ".join(f"`{g.adapter}` ({g.method.asked_by})" for g in stand_ins)
+            names = ", ".join(f"`{g.adapter}`" for g in stand_ins)
+            kinds = ", ".join(f"`{k}`" for k in sorted({g.method.prefix for g in stand_ins}))
             raise StateError(
-                f"{self.path}: adapters {names} each hold a trained copy of this module, "
-                "and only one can take its place. Activate one of them."
+                f"{self.path}: adapters {names} each hold a trained copy of this module "
+                f"({kinds}), and only one can take its place. Activate one of them."
             )
         others = {g.adapter for g in merged}
         for graft in outside:
