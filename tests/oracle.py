@@ -52,6 +52,10 @@ class Net(nn.Module):
         return self.head(torch.tanh(self.lin1(x)))
 
 
+KINDS = ["emb", "lin0", "turned", "conv1", "conv2", "conv3", "lin1"]
+"""Names of `Net`'s layers, one of each kind at least."""
+
+
 class Stack(nn.Module):
     """Numbered layers, with names that are alike, and a head."""
 
@@ -250,24 +254,47 @@ def add_to_both(pair: Pair, adapter: str, config: Mapping[str, Any], seed: int =
     same_weights(pair, adapter, seed)
 
 
-def same_weights(pair: Pair, adapter: str = "default", seed: int = 0) -> None:
+def same_weights(pair: Pair, adapter: str = "default", seed: int = 0, std: float = 0.3) -> None:
     """Random values for one adapter, put into both models through their own functions."""
-    state = random_state(peft_state(pair.theirs, adapter), seed)
+    state = random_state(peft_state(pair.theirs, adapter), seed, std)
     with quiet():
         peft.set_peft_model_state_dict(pair.theirs, state, adapter)
     multigraft.set_peft_model_state_dict(pair.ours, state, adapter)
 
 
-def random_state(state: Mapping[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
+def random_state(state: Mapping[str, Tensor], seed: int = 0, std: float = 0.3) -> dict[str, Tensor]:
     """Tensors of the same names and shapes, filled at random; copies of the base are kept."""
     source = torch.Generator().manual_seed(seed)
     fresh = {}
     for key in sorted(state):
         tensor = state[key]
         is_base_copy = ".base_layer.weight" in key or ".original_module." in key
-        noise = torch.randn(tensor.shape, generator=source).to(tensor.dtype) * 0.3
+        noise = torch.randn(tensor.shape, generator=source).to(tensor.dtype) * std
         fresh[key] = tensor.clone() if is_base_copy else noise
     return fresh
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name in either model; a trained bias is a copy here, the base's own in PEFT."""
+    return name.replace(".bias_copy_bias.default", ".bias").replace(".base_layer.", ".")
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    return {plain_name(n): p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def train_step(pair: Pair) -> None:
+    for model in (pair.ours, pair.theirs):
+        model.zero_grad()
+        output(model, pair.batch).square().mean().backward()
+
+
+def assert_same_gradients(pair: Pair) -> None:
+    ours, theirs = gradients(pair.ours), gradients(pair.theirs)
+    assert ours.keys() == theirs.keys()
+    assert any(bool(g.abs().max() > 0) for g in ours.values())
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-7, rtol=1e-5, msg=name)
 
 
 def peft_state(model: Any, adapter: str = "default", **more: Any) -> dict[str, Tensor]:

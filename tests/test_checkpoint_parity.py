@@ -16,9 +16,8 @@ from torch import Tensor, nn
 import multigraft
 from multigraft import AdapterNameError, CheckpointError, MultigraftWarning
 from tests import oracle
-from tests.oracle import Net, Pair, Stack, build, graft_pair, output, quiet
+from tests.oracle import KINDS, Net, Pair, Stack, build, graft_pair, output, quiet
 
-KINDS = ["emb", "lin0", "turned", "conv1", "conv2", "conv3", "lin1"]
 Case = tuple[Callable[[], nn.Module], dict[str, Any]]
 
 CASES: dict[str, Case] = {
