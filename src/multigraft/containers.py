@@ -173,6 +173,10 @@ def check_name(adapter: object) -> str:
             f"adapter name (={adapter!r}) must not contain {bad}: it names a folder. "
             f"Use `{''.join('-' if c in bad else c for c in adapter)}`."
         )
+    if adapter.lower() in FILE_NAMES:
+        raise AdapterNameError(
+            f"adapter name (={adapter!r}) is that of a file which stands beside adapters' folders."
+        )
     if adapter.encode(errors="replace").decode() != adapter:
         raise AdapterNameError(
             f"adapter name (={adapter!r}) holds half a surrogate pair, which no file name can."
@@ -185,6 +189,8 @@ def check_name(adapter: object) -> str:
     return adapter
 
 
+FILE_NAMES = ("adapter_config.json", "adapter_model.bin", "adapter_model.safetensors", "readme.md")
+"""What a directory of adapters holds besides their folders, in lower case."""
 _ESCAPED: dict[str, str] = {}
 _MODULE_STATE = vars(nn.Module())
 """What torch puts into every module, as it is in a new one."""

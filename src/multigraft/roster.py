@@ -99,15 +99,26 @@ class Roster:
         Raises:
             AdapterNameError: there is no such adapter.
         """
-        wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+        is_list = isinstance(names, Iterable) and not isinstance(names, str)
+        wanted = list(names) if is_list else [names]
         for name in wanted:
-            if name not in self.configs:
+            if not isinstance(name, str) or name not in self.configs:
                 known = ", ".join(f"`{n}`" for n in self.configs) or "none"
                 raise AdapterNameError(
                     f"no adapter is called `{name}`.{did_you_mean(str(name), self.configs)} "
                     f"There are: {known}."
                 )
-        return wanted
+        return list(dict.fromkeys(wanted))
+
+    def require_one(self, name: str) -> str:
+        """The name itself.
+
+        Raises:
+            AdapterNameError: there is no such adapter, or these are several.
+        """
+        if not isinstance(name, str):
+            raise AdapterNameError(f"adapter name (={name!r}) must be one string.")
+        return self.require(name)[0]
 
     def touched(self, names: Iterable[str]) -> list[AdaptedLayer]:
         """The layers at which any of these adapters acts, each once."""

@@ -53,7 +53,7 @@ def get_peft_model_state_dict(
         AdapterNameError: there is no such adapter.
     """
     roster, prefix = roster_of_model(model)
-    roster.require(adapter_name)
+    roster.require_one(adapter_name)
     gathered = None
     if state_dict is not None:
         gathered = {strip_prefix(key): value for key, value in state_dict.items()}
@@ -94,7 +94,7 @@ def set_peft_model_state_dict(
         StateError: the adapter is merged.
     """
     roster, _ = roster_of_model(model)
-    roster.require(adapter_name)
+    roster.require_one(adapter_name)
     found = {strip_prefix(key): value for key, value in peft_model_state_dict.items()}
     expected = {k: tuple(t.shape) for k, t in adapter_state(roster, adapter_name).items()}
     found = drop_base_tensors(found, expected, roster.root)

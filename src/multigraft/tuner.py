@@ -182,7 +182,7 @@ class Tuner(nn.Module):
 
         When the only active adapter goes, the first remaining one that can act becomes active.
         """
-        (name,) = self.roster.require(adapter_name)
+        name = self.roster.require_one(adapter_name)
         was_only = self.roster.active == (name,)
         active = self._heirs(name) if was_only else [n for n in self.roster.active if n != name]
         if name in self.roster.merged:
