@@ -1,6 +1,6 @@
 """Methods: one file each. The import list is explicit and sorted."""
 
-from multigraft.methods import bias, hira, ia3, loha, lokr, lora, oft, saved_module, vera
+from multigraft.methods import bias, hira, ia3, ln_tuning, loha, lokr, lora, oft, saved_module, vera
 from multigraft.methods.contract import METHODS, Method, TensorSpec, method
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "bias",
     "hira",
     "ia3",
+    "ln_tuning",
     "loha",
     "lokr",
     "lora",
