@@ -31,6 +31,7 @@ from multigraft.methods.lora import LoraConfig
 from multigraft.methods.oft import OFTConfig
 from multigraft.methods.vera import VeraConfig
 from multigraft.model import PeftModel
+from multigraft.prompts.adaption import AdaptionPromptConfig
 from multigraft.prompts.config import PromptLearningConfig
 from multigraft.prompts.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
 from multigraft.prompts.prefix_tuning import PrefixTuningConfig
@@ -52,6 +53,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptedLayer",
     "AdapterNameError",
+    "AdaptionPromptConfig",
     "CheckpointError",
     "ConfigError",
     "DataError",

@@ -57,6 +57,10 @@ class Roster:
         known = _LIVE.get(root)
         return (known() if known is not None else None) or Roster(root)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the handles: a copy's own ones make themselves known."""
+        return {**self.__dict__, "handles": WeakSet()}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copied or unpickled roster is known as its own root's."""
         self.__dict__.update(state)
@@ -65,6 +69,10 @@ class Roster:
     def acting(self) -> tuple[str, ...]:
         """The adapters that forwards without a route use."""
         return self.active if self.enabled else ()
+
+    def acts(self, adapter: str) -> bool:
+        """Whether this adapter acts on whole batches now."""
+        return self.route is None and adapter in self.acting()
 
     @property
     def merged(self) -> list[str]:
@@ -235,6 +243,11 @@ class Roster:
                 raise RoutingError(
                     f"`adapter_names`: `{name}` is a {graft.method.name}, which cannot serve "
                     "single rows of a batch. Give it a batch of its own with set_adapter()."
+                )
+            if not graft.site.takes_rows:
+                raise RoutingError(
+                    f"`adapter_names`: `{name}` acts on {graft.site}, where the rows of a batch "
+                    "cannot be told apart. Give it a batch of its own with set_adapter()."
                 )
 
     @contextmanager

@@ -31,8 +31,8 @@ TABLE = "prompt_embeddings"
 class Acting(Protocol):
     """Whoever knows which adapters act now."""
 
-    def acting(self) -> tuple[str, ...]:
-        """Their names, in order."""
+    def acts(self, adapter: str) -> bool:
+        """Whether this one does."""
 
 
 class Context(nn.Module):

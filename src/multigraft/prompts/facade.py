@@ -32,6 +32,11 @@ class PromptFacade:
         def get_base_model(self) -> nn.Module:
             """The base model."""
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copied or unpickled handle is one of its own roster's."""
+        super().__setstate__(state)  # type: ignore[misc]
+        self.roster.show_contexts(self)  # type: ignore[arg-type]
+
     @property
     def word_embeddings(self) -> nn.Module:
         """The module that embeds the base model's own tokens."""
