@@ -107,8 +107,9 @@ class Roster:
         Raises:
             AdapterNameError: there is no such adapter.
         """
-        is_list = isinstance(names, Iterable) and not isinstance(names, str)
-        wanted = list(names) if is_list else [names]
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            names = [names]
+        wanted = list(names)
         for name in wanted:
             if not isinstance(name, str) or name not in self.configs:
                 known = ", ".join(f"`{n}`" for n in self.configs) or "none"
