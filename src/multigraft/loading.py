@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from multigraft import checkpoint
 from multigraft.config import CONFIG_NAME, PeftConfig, TargetedConfig
+from multigraft.containers import check_name
 from multigraft.errors import CheckpointError, MultigraftWarning, StateError
 from multigraft.prepare import Prepared, prepare
 from multigraft.state import drop_base_tensors, write
@@ -60,6 +61,7 @@ def load_into(
     **options: Any,
 ) -> checkpoint.LoadReport:
     """Load one adapter; see `PeftModel.load_adapter` for the arguments."""
+    check_name(adapter)
     _check_options(options)
     if config is None:
         config, options = read_config(source, adapter, options)

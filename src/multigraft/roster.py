@@ -107,7 +107,7 @@ class Roster:
         Raises:
             AdapterNameError: there is no such adapter.
         """
-        if isinstance(names, str) or not isinstance(names, Iterable):
+        if isinstance(names, (str, bytes)) or not isinstance(names, Iterable):
             names = [names]
         wanted = list(names)
         for name in wanted:
