@@ -128,6 +128,20 @@ def bert_classifier() -> nn.Module:
     return transformers.BertForSequenceClassification(bert_config())
 
 
+def distilbert_classifier() -> nn.Module:
+    """Its head has two layers, both of them fresh."""
+    config = transformers.DistilBertConfig(
+        vocab_size=VOCABULARY,
+        dim=16,
+        hidden_dim=32,
+        n_layers=2,
+        n_heads=2,
+        max_position_embeddings=32,
+        num_labels=3,
+    )
+    return transformers.DistilBertForSequenceClassification(config)
+
+
 def bert_tagger() -> nn.Module:
     return transformers.BertForTokenClassification(bert_config())
 

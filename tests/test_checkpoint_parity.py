@@ -27,7 +27,8 @@ CASES: dict[str, Case] = {
     "rslora": (Net, {"target_modules": KINDS, "r": 2, "use_rslora": True}),
     "no init": (Net, {"target_modules": KINDS, "r": 2, "init_lora_weights": False}),
     "gaussian init": (Net, {"target_modules": KINDS, "r": 2, "init_lora_weights": "gaussian"}),
-    "lora_bias": (Net, {"target_modules": ["lin0", "turned", "conv1"], "lora_bias": True, "r": 2}),
+    "lora_bias": (Net, {"target_modules": KINDS[1:], "lora_bias": True, "r": 2}),
+    "dora": (Net, {"target_modules": [k for k in KINDS if k != "conv2"], "use_dora": True, "r": 2}),
     "bias lora_only": (Net, {"target_modules": KINDS, "r": 2, "bias": "lora_only"}),
     "bias all": (Net, {"target_modules": KINDS, "r": 2, "bias": "all"}),
     "bias all beside saved modules": (
@@ -59,10 +60,28 @@ CASES: dict[str, Case] = {
             "alpha_pattern": {r"layers\.[02]\.my_q_proj": 7},
         },
     ),
+    "patterns of every kind": (
+        Net,
+        {
+            "target_modules": KINDS,
+            "r": 2,
+            "rank_pattern": {"lin0": 3, "conv2": 4, "conv[13]": 5, "emb": 6},
+            "alpha_pattern": {"turned": 3, "emb|conv.": 9},
+            "use_rslora": True,
+        },
+    ),
     "layers_to_transform": (oracle.llama, {"layers_to_transform": [1]}),
     "layers_pattern": (
         Stack,
         {"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
+    ),
+    "layers_pattern list": (
+        Stack,
+        {
+            "target_modules": ["q_proj"],
+            "layers_to_transform": [0, 2],
+            "layers_pattern": ["h", "layers"],
+        },
     ),
     "exclude list": (
         Stack,
@@ -86,6 +105,10 @@ CASES: dict[str, Case] = {
     "SEQ_CLS score": (
         oracle.llama_classifier,
         {"task_type": "SEQ_CLS", "target_modules": "all-linear"},
+    ),
+    "SEQ_CLS pre_classifier": (
+        oracle.distilbert_classifier,
+        {"task_type": "SEQ_CLS", "target_modules": ["q_lin"]},
     ),
     "SEQ_CLS bias all": (oracle.bert_classifier, {"task_type": "SEQ_CLS", "bias": "all"}),
     "TOKEN_CLS": (oracle.bert_tagger, {"task_type": "TOKEN_CLS"}),
@@ -148,6 +171,9 @@ def test_both_write_the_same_config(saved: tuple[Case, Pair, Path, Path]) -> Non
         for field in ("modules_to_save", "target_modules"):  # sets in PEFT: no order
             if isinstance(config[field], list):
                 config[field].sort()
+    if "pre_classifier" in (written["modules_to_save"] or []):
+        # PEFT means it by `classifier`, the end of its name; names are whole here.
+        written["modules_to_save"].remove("pre_classifier")
     if options.get("target_modules") == "all-linear":
         # PEFT lists full paths (before exclusion), we the shortest names that mean the same;
         # that they do is what the loading tests show.
@@ -179,6 +205,40 @@ def test_every_case_changes_the_output(saved: tuple[Case, Pair, Path, Path]) -> 
     (maker, _), pair, _, _ = saved
     difference = output(pair.ours, pair.batch) - output(build(maker), pair.batch)
     assert difference.abs().max() > 1e-4
+
+
+def test_modules_that_peft_saves_by_the_end_of_their_name_are_loaded(tmp_path: Path) -> None:
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}
+    with quiet():
+        theirs = peft.get_peft_model(build(oracle.llama), oracle.peft_config(options)).eval()
+        state = oracle.random_state(oracle.peft_state(theirs))
+        peft.set_peft_model_state_dict(theirs, state)
+        theirs.save_pretrained(tmp_path)
+    assert any(key.endswith("input_layernorm.weight") for key in tensors(tmp_path))
+    ours = multigraft.PeftModel.from_pretrained(build(oracle.llama), tmp_path).eval()
+    batch = oracle.inputs(ours)
+    torch.testing.assert_close(output(ours, batch), output(theirs, batch))
+    ours.save_pretrained(tmp_path / "again")
+    again = multigraft.PeftModel.from_pretrained(build(oracle.llama), tmp_path / "again").eval()
+    assert torch.equal(output(again, batch), output(ours, batch))
+
+
+def test_biases_alone_make_no_saved_module(tmp_path: Path) -> None:
+    # Our file: all biases, and a saved module whose name others end with.
+    options = {"target_modules": ["q_lin"], "modules_to_save": ["lin"], "bias": "all"}
+    ours = multigraft.get_peft_model(build(Ends), oracle.our_config(options)).eval()
+    ours.save_pretrained(tmp_path)
+    loaded = multigraft.PeftModel.from_pretrained(build(Ends), tmp_path)
+    assert set(tensors(tmp_path)) == set(multigraft.get_peft_model_state_dict(loaded))
+    assert loaded.peft_config["default"].modules_to_save == ["lin"]
+
+
+class Ends(nn.Module):
+    """Names that end alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_lin, self.k_lin, self.lin = (nn.Linear(4, 4) for _ in range(3))
 
 
 def two_adapters() -> Pair:

@@ -153,7 +153,7 @@ class LoRA(Method):
         self.scaling = self.alpha / (math.sqrt(self.rank) if config.use_rslora else self.rank)
         is_lookup = self.geometry.name == "embedding"
         self.dropout = 0.0 if is_lookup else config.lora_dropout
-        self.bias = None if is_lookup or not config.lora_bias else "lora_B.bias"
+        self.bias = "lora_B.bias" if config.lora_bias else None
         self.variant = variant_for(config)
         refusal = self.geometry.check_rank(site.layer, self.rank)
         if self.variant is not None:
@@ -167,8 +167,10 @@ class LoRA(Method):
 
     def _bias_refusal(self) -> str | None:
         """Why `lora_bias` cannot be had here, or ``None``."""
-        # Where the layer does not run, B's bias can only be added to the layer's own.
         site = self.site
+        if self.bias and self.geometry.name == "embedding":
+            return "`lora_bias` cannot be had on an embedding, in PEFT's files neither"
+        # Where the layer does not run, B's bias can only be added to the layer's own.
         if not (self.bias and site.rebinds):
             return None
         if site.parameter is None and getattr(site.layer, "bias", None) is not None:
