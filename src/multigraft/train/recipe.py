@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from multigraft.errors import ConfigError, did_you_mean
 
 SCHEDULES = ("constant", "cosine", "linear")
+LARGEST_LR = 1e6
+"""Beyond any use; far above it, steps no longer fit float32."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Recipe:
         _require("epochs", self.epochs, math.isfinite(self.epochs) and self.epochs > 0, "above 0")
         _require("steps", self.steps, self.steps is None or _is_count(self.steps), at_least_one)
         _require("batch_size", self.batch_size, _is_count(self.batch_size), at_least_one)
-        _require("lr", self.lr, math.isfinite(self.lr) and self.lr > 0, "a number above 0")
+        _require("lr", self.lr, 0 < self.lr <= LARGEST_LR, f"above 0, up to {LARGEST_LR:g}")
         for name in ("warmup", "weight_decay", "clip"):
             value = getattr(self, name)
             _require(name, value, math.isfinite(value) and value >= 0, "a number of at least 0")
