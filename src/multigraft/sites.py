@@ -253,7 +253,10 @@ def _saved(config: PeftConfig, spots: Sequence[Spot], lenient: bool) -> list[Nee
     usual = TASK_HEADS.get(str(config.task_type), ())
     _check_names("modules_to_save", [n for n in wanted if n not in usual], spots, found, lenient)
     parts: dict[int, Spot] = {}
+    wholes: list[Spot] = []
     for spot in found:
+        if any(_is_within(spot, other) for other in wholes):
+            continue  # copied with the module that holds it
         inside = [s for s in spots if s is spot or s.path.startswith(f"{spot.path}.")]
         owners = [s for s in inside if _own_tensors(s.layer)]
         if not owners:
@@ -264,6 +267,7 @@ def _saved(config: PeftConfig, spots: Sequence[Spot], lenient: bool) -> list[Nee
                 f"`modules_to_save`: {spot.path} holds parameters of its own beside modules that "
                 "are adapted, so it cannot be copied as a whole. Save its parts by name."
             )
+        wholes += [spot] if whole else []
         parts |= {id(s): s for s in ([spot] if whole else owners)}
     return [need_at(s, method, geometry=geometry_of(s.layer)) for s in parts.values()]
 
@@ -273,10 +277,11 @@ def _refuse_hidden(config: PeftConfig, spots: Sequence[Spot]) -> None:
 
     The copy takes its place, so an adapter there would act or not depending on who else is active.
     """
+    saved = getattr(config, "modules_to_save", None)
     for spot in spots:
         owners = _copied_by(spot) if spot.layer._modules else ""
-        if not owners:
-            continue
+        if not owners or (saved and any(_matches(saved, path) for path in spot.paths)):
+            continue  # nobody's, or this config copies it whole as well
         for name, module in spot.layer.named_modules():
             path = f"{spot.path}.{name}"
             if name and name not in spot.hosted and _means(config, path, module):
