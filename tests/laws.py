@@ -106,7 +106,7 @@ def _statistics(tensor: object) -> Iterator[Tensor]:
 
 
 def _attributes(module: nn.Module) -> list[str]:
-    """Tables of hooks are left out: some are made when first asked for, and `_hooks` counts them."""
+    """Without tables of hooks: some are made when first asked for, and `_hooks` counts them."""
     return sorted(name for name in vars(module) if not name.endswith("_hooks"))
 
 
