@@ -11,12 +11,13 @@ returns counts the virtual ones too, as in PEFT.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from multigraft.config import TaskType
 from multigraft.errors import UnsupportedError
 from multigraft.prompts.config import words_of
 from multigraft.prompts.contract import Context
@@ -32,8 +33,12 @@ def by_name(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[s
     """The arguments of a call, positional ones under the names that ``function`` gives them."""
     if not args:
         return dict(kwargs)
-    names = list(inspect.signature(function).parameters)
-    return dict(zip(names, args, strict=False)) | dict(kwargs)
+    return dict(zip(inspect.signature(function).parameters, args, strict=False)) | dict(kwargs)
+
+
+def parameters_of(model: nn.Module) -> Collection[str]:
+    """Names of the arguments of the model's forward."""
+    return inspect.signature(model.forward).parameters
 
 
 def held(call: Call) -> int | None:
@@ -63,6 +68,33 @@ def put_before(context: Context, model: nn.Module, call: Call) -> None:
     for name in POSITIONS:
         if call.get(name) is not None:
             call[name] = call[name] + length
+    if pools_last(context, model):
+        put_padding_first(model, call)
+
+
+def pools_last(context: Context, model: nn.Module) -> bool:
+    """Whether the model classifies by the last token that is no padding."""
+    is_classifier = context.config.task_type == TaskType.SEQ_CLS
+    return is_classifier and isinstance(getattr(model, "score", None), nn.Module)
+
+
+def put_padding_first(model: nn.Module, call: Call) -> None:
+    """Reorder each row so that its last token is no padding; every token keeps its position.
+
+    Such a model looks for padding among ``input_ids``. From ``inputs_embeds`` it takes the very
+    last token, and would classify by padding.
+    """
+    mask = call.get("attention_mask")
+    if mask is None:
+        return
+    if call.get("position_ids") is None and "position_ids" in parameters_of(model):
+        call["position_ids"] = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+    order = mask.ne(0).to(torch.uint8).argsort(dim=1, stable=True)
+    for name in ("attention_mask", "position_ids", *TYPES):
+        if call.get(name) is not None:
+            call[name] = call[name].expand(mask.shape).gather(1, order)
+    embedded = call["inputs_embeds"]
+    call["inputs_embeds"] = embedded.gather(1, order[..., None].expand(embedded.shape))
 
 
 def put_before_encoder(context: Context, model: nn.Module, call: Call) -> None:
