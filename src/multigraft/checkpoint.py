@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,11 +23,13 @@ from torch import Tensor
 from multigraft.atomic import write_files, write_utf8
 from multigraft.config import CONFIG_NAME, PeftConfig
 from multigraft.errors import CheckpointError, MissingExtraError
+from multigraft.fields import check_regex
 from multigraft.keys import full_key, memory_name, saved_tensors, strip_prefix
 from multigraft.roster import Roster
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
+LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass
@@ -143,8 +145,34 @@ def read(path: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]:
         try:
             tensors = load_file(path, device="cpu")
         except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged or no safetensors file ({error}).") from error
-    return {strip_prefix(key): tensor for key, tensor in tensors.items()}
+            raise CheckpointError(
+                f"{path} is damaged or no safetensors file ({error}).{_remedy(path)}"
+            ) from error
+    return _keyed(((strip_prefix(key), tensor) for key, tensor in tensors.items()), str(path))
+
+
+def _remedy(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return " Check that it can be read."
+    if is_pointer:
+        return " It is a pointer of Git LFS: fetch what it stands for with `git lfs pull`."
+    return " Copy or download it again."
+
+
+def _keyed(items: Iterable[tuple[str, Tensor]], where: str) -> dict[str, Tensor]:
+    """A dictionary, unless two tensors have the same name: which one counts would be chance."""
+    tensors: dict[str, Tensor] = {}
+    for key, tensor in items:
+        if key in tensors:
+            raise CheckpointError(
+                f"{where}: two tensors mean `{key}`, once prefixes and wrappers are taken off or "
+                "names are mapped. Rename or remove one of them."
+            )
+        tensors[key] = tensor
+    return tensors
 
 
 def _unpickle(path: Path) -> dict[str, Tensor]:
@@ -159,14 +187,16 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
 
 def rename(tensors: Mapping[str, Tensor], mapping: Mapping[str, str] | None) -> dict[str, Tensor]:
     """Keys with the first regular expression of ``mapping`` that matches replaced."""
-    renamed = {}
+    for pattern in mapping or {}:
+        check_regex("key_mapping", pattern)
+    renamed = []
     for key, tensor in tensors.items():
         for pattern, replacement in (mapping or {}).items():
             key, count = re.subn(pattern, replacement, key)
             if count:
                 break
-        renamed[key] = tensor
-    return renamed
+        renamed.append((key, tensor))
+    return _keyed(renamed, "`key_mapping`")
 
 
 def locate(

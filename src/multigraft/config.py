@@ -20,7 +20,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
 
-from multigraft.errors import ConfigError, MultigraftWarning, did_you_mean
+from multigraft.errors import CheckpointError, ConfigError, MultigraftWarning, did_you_mean
 from multigraft.fields import (
     FORMAT_VERSION,
     check_indices,
@@ -124,6 +124,13 @@ class PeftConfig:
         if self.task_type is not None and self.task_type not in set(TaskType):
             known = ", ".join(t.value for t in TaskType)
             raise ConfigError(f"`task_type` (={self.task_type!r}) must be one of {known}, or None.")
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            is_switch = item.type == "bool" and value is not None
+            if is_switch and not isinstance(value, bool):
+                raise ConfigError(
+                    f"{type(self).__name__}: `{item.name}` (={value!r}) must be True or False."
+                )
         for name, neutral in self._unbuilt.items():
             value = getattr(self, name)
             if not is_unset(value, neutral):
@@ -202,8 +209,10 @@ class PeftConfig:
         path = locate(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: not valid JSON ({error}).") from error
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read ({error}).") from error
         return cls.from_dict(values)
 
 

@@ -18,7 +18,8 @@ def name_list(field_name: str, value: Any) -> Any:
     """A list of strings in a stable order, a string, or None."""
     if value is None or isinstance(value, str):
         return value
-    names = list(value) if isinstance(value, Iterable) else None
+    is_list = isinstance(value, Iterable) and not isinstance(value, Mapping)
+    names = list(value) if is_list else None
     if names is None or not all(isinstance(n, str) and n for n in names):
         raise ConfigError(
             f"`{field_name}` (={value!r}) must be a list of non-empty strings, or a string."

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from multigraft import checkpoint
 from multigraft.config import CONFIG_NAME, PeftConfig, TargetedConfig
 from multigraft.containers import check_name
-from multigraft.errors import CheckpointError, MultigraftWarning, StateError
+from multigraft.errors import CheckpointError, ConfigError, MultigraftWarning, StateError
 from multigraft.prepare import Prepared, prepare
 from multigraft.state import drop_base_tensors, write
 from multigraft.survey import Spot, survey
@@ -65,6 +65,8 @@ def load_into(
     _check_options(options)
     if config is None:
         config, options = read_config(source, adapter, options)
+    if not isinstance(config, PeftConfig):
+        raise ConfigError(f"`config` (={config!r}) must be a config of Multigraft, or None.")
     config = config.copy()
     config.inference_mode = not is_trainable
     where = {k: v for k, v in options.items() if k in (*HUB_OPTIONS, "subfolder")}
