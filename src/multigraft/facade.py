@@ -5,7 +5,7 @@ Everything here is a view: nothing is stored twice.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ class LayerFacade:
         path: str
 
         def show(self, name: str) -> Tensor | None: ...
+        def shown(self) -> Mapping[str, tuple[Graft, ...]]: ...
 
     def get_base_layer(self) -> nn.Module:
         """The base model's own layer."""
@@ -131,7 +132,7 @@ class LayerFacade:
             if name == "base_layer" or name.startswith("__"):
                 raise
             # Parents read attributes of their layers: sizes, dtypes, flags of quantisers.
-            shown = self._shown()
+            shown = self.shown() if "plan" in self.__dict__ else ()
             if name in shown:
                 return self.show(name)
             if any(key.startswith(f"{name}.") for key in shown):
@@ -143,11 +144,6 @@ class LayerFacade:
         if plan is not None and plan.stand_in is not None:
             return plan.stand_in.stand_in
         return self.base_layer
-
-    def _shown(self) -> Collection[str]:
-        """Names of tensors that adapters change, for whoever reads them."""
-        plan = self.__dict__.get("plan")
-        return () if plan is None else plan.shown
 
     def _main(self) -> Iterator[tuple[str, Graft]]:
         """Each adapter's grafts that act on a weight (not on a bias)."""
@@ -173,14 +169,14 @@ class Inside(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward with its tensors as they are seen."""
         prefix = f"{self._inner}."
-        names = [n.removeprefix(prefix) for n in self._layer._shown() if n.startswith(prefix)]
+        names = [n.removeprefix(prefix) for n in self._layer.shown() if n.startswith(prefix)]
         seen = {name: getattr(self, name) for name in names}
         return functional_call(getattr(self._layer._standing(), self._inner), seen, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         layer, inner = self.__dict__["_layer"], self.__dict__["_inner"]
         key = f"{inner}.{name}"
-        shown = layer._shown()
+        shown = layer.shown()
         return layer.show(key) if key in shown else getattr(getattr(layer._standing(), inner), name)
 
 

@@ -11,6 +11,7 @@ merged, and not on every call.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -117,16 +118,30 @@ class AdaptedLayer(LayerFacade, nn.Module):
         self.plan = Plan()
         self.training = base_layer.training
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's output plus what each acting adapter contributes.
 
         Args:
-            x: the base layer's own input, e.g. ``(..., in)``; further arguments go to it as well.
+            args, kwargs: the base layer's own; the first is its input, e.g. ``(..., in)``.
         """
+        if not args:
+            args = (kwargs.pop(self._input_name(kwargs)),)
+        x, more = args[0], args[1:]
         route = self.roster.route
         if route is not None:
-            return self._routed(route, x, args, kwargs)
-        return self._run(self.plan, x, args, kwargs)
+            return self._routed(route, x, more, kwargs)
+        return self._run(self.plan, x, more, kwargs)
+
+    def _input_name(self, kwargs: Mapping[str, Any]) -> str:
+        """The name of the base layer's input, when it is given by name.
+
+        Raises:
+            TypeError: it is not among these.
+        """
+        first = next(iter(inspect.signature(self.base_layer.forward).parameters), None)
+        if first is None or first not in kwargs:
+            raise TypeError(f"{self.path}: the layer's first argument (`{first}`) is missing.")
+        return first
 
     def _run(self, plan: Plan, x: Tensor, args: Any, kwargs: Any) -> Any:
         seen = x
@@ -157,6 +172,12 @@ class AdaptedLayer(LayerFacade, nn.Module):
             plan = Plan.of(self.grafts[adapter], self.is_read)
             part = x.index_select(0, rows)
             if not plan.is_additive:
+                if any(isinstance(more, Tensor) for more in (*args, *kwargs.values())):
+                    raise RoutingError(
+                        f"{self.path} takes several tensors, and adapter `{adapter}` changes more "
+                        "than its output: which of their rows belong together is not known. Run "
+                        "the rows of each adapter in a batch of their own."
+                    )
                 y = y.index_copy(0, rows, self._run(plan, part, args, kwargs).to(y.dtype))
                 continue
             own = y.new_zeros((len(rows), *y.shape[1:]))
@@ -179,19 +200,25 @@ class AdaptedLayer(LayerFacade, nn.Module):
         Raises:
             RoutingError: each row of the batch would have to see another one.
         """
-        grafts = self.plan.shown.get(name)
         route = self.roster.route
-        if route is not None:
-            if (self.is_read or grafts) and any(n in self.grafts for n in route.names):
-                raise RoutingError(
-                    f"{self.path}: its parent reads `{name}` rather than run the layer, so the "
-                    "rows of one batch cannot have adapters of their own. Switch the fast path "
-                    "off (torch.backends.mha.set_fastpath_enabled(False)), or run each "
-                    "adapter's rows in a batch of their own."
-                )
-            return held(self.base_layer, name)
-        value = held(self._standing(), name)
-        return value if not grafts or value is None else effective(name, grafts, value)
+        grafts = self.shown().get(name)
+        if grafts and route is not None:
+            raise RoutingError(
+                f"{self.path}: its parent reads `{name}` rather than run the layer, so the rows of "
+                "one batch cannot have adapters of their own. Switch the fast path off "
+                "(torch.backends.mha.set_fastpath_enabled(False)), or run each adapter's rows in a "
+                "batch of their own."
+            )
+        value = held(self._standing() if route is None else self.base_layer, name)
+        return effective(name, grafts, value) if grafts and value is not None else value
+
+    def shown(self) -> Mapping[str, tuple[Graft, ...]]:
+        """The tensors that adapters change for whoever reads them now, and who does."""
+        route = self.roster.route
+        if route is None:
+            return self.plan.shown
+        routed = [g for name in dict.fromkeys(route.names) for g in self.grafts.get(name, ())]
+        return Plan.of(routed, self.is_read).shown
 
     def replan(self) -> None:
         """Decide what forwards do from now on; called whenever the roster or a merge changes."""

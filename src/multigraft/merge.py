@@ -257,10 +257,13 @@ def _check_tensors(layer: AdaptedLayer, grafts: Sequence[Graft], keep_original: 
     together = [*layer.merged_grafts, *grafts]
     copies = [g for g in together if g.method.kind == "replace"]
     replaced = {name for g in copies for name in touched(g)}
+    beside = [g for g in together if g.method.kind != "replace" and not g.site.rebinds]
+    through_forward = {name for g in beside for name in touched(g)}
     for name in _tensor_names(together):
         slot = slot_of(layer.base_layer, name)
-        # A copy of the same class replaces all that its forward reads, whatever it means there.
-        reason = None if name in replaced and slot.storage is FOREIGN else slot.refusal()
+        # What a copy or another tensor takes the place of may mean there whatever it likes.
+        is_exchanged = name in replaced or name not in through_forward
+        reason = None if is_exchanged and slot.storage is FOREIGN else slot.refusal()
         inside = any(name.startswith(g.site.key_of("")) for g in copies)
         if inside and name not in replaced:
             reason = reason or (

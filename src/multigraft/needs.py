@@ -87,7 +87,7 @@ def module_needs(spot: Spot, method: type[Method]) -> Iterator[Need]:
         held = spot.hosted[part.inner] if part.inner else spot
         need = need_at(held, method, part.parameter, part.geometry, target=spot.path)
         if need.site.rebinds:
-            _refuse_unplain(need, where)
+            _refuse_unplain(held.layer, need.site.tensor_name, where)
         yield need
 
 
@@ -143,6 +143,7 @@ def _nested(path: str, depth: Counter[str]) -> str:
 def _parameter_need(spot: Spot, name: str, method: type[Method], is_one_of_several: bool) -> Need:
     path = f"{spot.path}.{name}"
     where = f"{method.name} cannot adapt the parameter {path}"
+    _refuse_unplain(spot.layer, name, where)
     inside = [n for n, m in spot.layer.named_modules() if n and _owns_tensors(m)]
     if any(n not in spot.hosted for n in inside):
         raise TargetError(
@@ -156,24 +157,21 @@ def _parameter_need(spot: Spot, name: str, method: type[Method], is_one_of_sever
     if geometry.name not in method.geometries:
         raise TargetError(f"{where}: it is a stack of {geometry.name}. Use LoRA for those.")
     label = name if is_one_of_several else ""
-    need = need_at(spot, method, name, geometry, target=path, label=label)
-    _refuse_unplain(need, where)
-    return need
+    return need_at(spot, method, name, geometry, target=path, label=label)
 
 
-def _refuse_unplain(need: Need, where: str) -> None:
+def _refuse_unplain(layer: nn.Module, name: str, where: str) -> None:
     """Fail unless the tensor can be exchanged for another one while its module runs."""
-    site, name = need.site, need.site.tensor_name
-    held = site.layer._parameters.get(name)
+    held, storage = layer._parameters.get(name), storage_of(layer, name)
     if held is None:
         raise TargetError(
             f"{where}: `{name}` is not a plain parameter but computed from others, so nothing can "
             "stand in its place. Make it plain first (remove the parametrisation or the hook)."
         )
-    if site.storage not in (DENSE, FOREIGN) or not held.is_floating_point():
+    if storage not in (DENSE, FOREIGN) or not held.is_floating_point():
         raise TargetError(
-            f"{where}: `{name}` is stored as {site.storage.name} {held.dtype}, and its module "
-            "reads it as it is stored. Load the model with this tensor in a floating dtype."
+            f"{where}: `{name}` is stored as {storage.name} {held.dtype}, and its module reads it "
+            "as it is stored. Load the model with this tensor in a floating dtype."
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from multigraft.bases import Geometry
+from multigraft.bases import HOSTS, Geometry
 from multigraft.storage import Storage
 
 
@@ -77,6 +77,13 @@ class Site:
     def rebinds(self) -> bool:
         """Whether adapters act by changing a tensor that some forward reads, beside no output."""
         return bool(self.inner or self.parameter)
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether rows of one batch can have adapters of their own here."""
+        if self.inner or HOSTS.find(type(self.layer)):
+            return False  # several inputs, and the batch may be their second axis
+        return self.geometry is None or self.geometry.takes_rows
 
     @property
     def device(self) -> torch.device:

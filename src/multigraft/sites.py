@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Iterable, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from multigraft.bases import geometry_of
@@ -45,11 +45,12 @@ def find(
         return saved
     main = METHODS[str(config.peft_type)]
     taken = {id(s) for s in spots if any(_is_within(s, need.spot) for need in saved)}
-    targets = _targets(model, config, spots, taken, lenient)
-    needs = _once([need for spot in targets for need in module_needs(spot, main)])
-    named = getattr(config, "target_parameters", None) or ()
     free = [spot for spot in spots if id(spot) not in taken]
-    needs += _beside(needs, parameter_needs(named, main, free, lenient) if named else [])
+    named = getattr(config, "target_parameters", None) or ()
+    parameters = parameter_needs(named, main, free, lenient) if named else []
+    targets = _targets(model, config, spots, taken, parameters, lenient)
+    needs = _once([need for spot in targets for need in module_needs(spot, main)])
+    needs += _beside(needs, parameters)
     _check_patterns(config, [need.site.target for need in needs], lenient)
     needs += saved + _biases(config, needs, spots, taken)
     if not needs:
@@ -83,11 +84,16 @@ def minimal_names(targets: Iterable[Spot], spots: Sequence[Spot]) -> list[str] |
 
 
 def _targets(
-    model: nn.Module, config: TargetedConfig, spots: Sequence[Spot], taken: set[int], lenient: bool
+    model: nn.Module,
+    config: TargetedConfig,
+    spots: Sequence[Spot],
+    taken: set[int],
+    parameters: Sequence[Need],
+    lenient: bool,
 ) -> list[Spot]:
     wanted = config.target_modules
     if wanted is None:
-        wanted = _default_targets(model, config)
+        wanted = _default_targets(model, config, parameters)
     _check_layers(config, spots, lenient)
     if wanted == "all-linear":
         found = _all_linear(model, config, spots)
@@ -111,12 +117,17 @@ def _targets(
     return found
 
 
-def _default_targets(model: nn.Module, config: TargetedConfig) -> list[str] | str:
+def _default_targets(
+    model: nn.Module, config: TargetedConfig, parameters: Sequence[Need]
+) -> list[str] | str:
+    """The usual modules; none beside parameters that PEFT would let stand alone."""
+    if any(need.site.geometry and need.site.geometry.name == "experts" for need in parameters):
+        return []
     try:
         return default_targets(model, METHODS[str(config.peft_type)].default_targets)
     except TargetError:
-        if getattr(config, "target_parameters", None):
-            return []  # as PEFT has it: then the parameters are all that is meant
+        if parameters:
+            return []
         raise
 
 
@@ -333,15 +344,15 @@ def _biases(
     method = METHODS["BIAS"]
     adapted = {id(need.spot) for need in needs}
     if kind == "lora_only":
-        pairs = [(spot, "bias") for spot in {id(n.spot): n.spot for n in needs}.values()]
+        holders: Sequence[Spot] = list({id(n.spot): n.spot for n in needs}.values())
     else:
-        pairs = [(s, name) for s in spots for name in s.layer._parameters if name.endswith("bias")]
+        holders = spots
     return [
-        need_at(spot, method, name)
-        for spot, name in pairs
-        if getattr(spot.layer, name, None) is not None
+        need_at(spot, method, "bias")
+        for spot in holders
+        if isinstance(getattr(spot.layer, "bias", None), Tensor)
         and id(spot) not in taken
-        and (id(spot) in adapted or spot.hosted or spot.layer._modules == {})
+        and (id(spot) in adapted or spot.layer._modules == {})
     ]
 
 

@@ -37,6 +37,8 @@ class Geometry:
     """Whether ``target_modules="all-linear"`` includes this kind of layer."""
     is_transposed: ClassVar[bool] = False
     """Whether the weight is stored ``(in, out)``; files say it as ``fan_in_fan_out``."""
+    takes_rows: ClassVar[bool] = True
+    """Whether the layer's input has the batch's rows, one after another."""
     factors: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
     """Names of a low-rank pair's tensors, in memory and on disk."""
 

@@ -23,6 +23,7 @@ class Experts(Geometry):
     """A parameter of three dimensions, named; each expert has its own pair of factors."""
 
     name = "experts"
+    takes_rows = False  # the router sorts tokens by expert, not by row
 
     def __init__(self, parameter: str) -> None:
         self.parameter = parameter
