@@ -76,7 +76,11 @@ class MultigraftWarning(UserWarning):
 
 def did_you_mean(name: str, known: Iterable[str], limit: int = 3) -> str:
     """`` Nearest: `a`, `b`.`` for the names most like ``name``, or an empty string."""
-    nearest = difflib.get_close_matches(name, list(known), n=limit, cutoff=0.5)
+    spellings: dict[str, list[str]] = {}
+    for each in known:  # whatever the case: LORA is what `lora` means
+        spellings.setdefault(each.lower(), []).append(each)
+    found = difflib.get_close_matches(name.lower(), spellings, n=limit, cutoff=0.5)
+    nearest = [each for key in found for each in spellings[key]][:limit]
     return f" Nearest: {', '.join(f'`{n}`' for n in nearest)}." if nearest else ""
 
 
