@@ -16,7 +16,12 @@ def checkpoints_gradients(base: nn.Module) -> bool:
 
 
 def let_gradients_in(base: nn.Module) -> None:
-    """Gradient checkpointing needs an input with gradients; a frozen embedding gives none."""
+    """Gradient checkpointing needs an input with gradients; a frozen embedding gives none.
+
+    Where transformers has seen to that already, another hook would only outlive the adapters.
+    """
+    if getattr(base, "_require_grads_hooks", None) or getattr(base, "_require_grads_hook", None):
+        return
     enable = getattr(base, "enable_input_require_grads", None)
     if callable(enable):
         enable()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from multigraft.errors import MultigraftWarning, StateError
+from multigraft.gradients import let_gradients_in
 from multigraft.storage import holder, let_gradients_through, storage_of
 from multigraft.survey import adapted_layers
 from multigraft.tuner import base_of
@@ -105,16 +106,11 @@ def _checkpoint(model: Any, options: dict[str, Any]) -> None:
             stacklevel=3,
         )
         return
-    if options["use_reentrant"]:
-        _require_input_gradients(model)
     names = [n for n in inspect.signature(enable).parameters if n.endswith("checkpointing_kwargs")]
     enable(**dict.fromkeys(names, options))
-
-
-def _require_input_gradients(model: Any) -> None:
-    if hasattr(model, "enable_input_require_grads"):
-        model.enable_input_require_grads()
-    else:
+    if options["use_reentrant"] and hasattr(model, "enable_input_require_grads"):
+        let_gradients_in(model)
+    elif options["use_reentrant"]:
         model.get_input_embeddings().register_forward_hook(_with_gradient)
 
 
