@@ -18,7 +18,7 @@ import torch
 import multigraft
 from multigraft import PeftModel
 from tests.contracts.laws import assert_near, attach, batch, exact, is_plain, mergeable, tolerance
-from tests.contracts.pairs import TARGET, Pair, Subject
+from tests.contracts.pairs import STORAGES, TARGET, Pair, Subject
 from tests.oracle import quiet
 
 FLAGS = {"bnb-nf4": "4bit", "bnb-fp4": "4bit", "bnb-int8": "8bit"}
@@ -26,7 +26,7 @@ FLAGS = {"bnb-nf4": "4bit", "bnb-fp4": "4bit", "bnb-int8": "8bit"}
 
 
 def flagged(pair: Pair) -> Subject:
-    """The pair's model, with the flag without which PEFT takes a quantised layer for a plain one."""
+    """The pair's model, with the flag without which PEFT takes a 4-bit layer for a plain one."""
     subject = exact(pair, pair.subject())
     for storage, bits in FLAGS.items():
         if pair.storage.startswith(storage):
@@ -51,19 +51,42 @@ class Support:
 
 @functools.lru_cache(None)
 def support(pair: Pair) -> Support:
-    """Tried, not looked up: attach, run, merge, run."""
-    with quiet(), torch.no_grad():
+    """Tried, not looked up: attach, train, merge, and see whether the output stays."""
+    x = batch(pair)
+    with quiet():
         try:
-            model = peft_model(pair).eval()
-            model(batch(pair))
+            model = peft_model(pair)
+            settle(pair, model)
+            model(x).float().square().sum().backward()
+            if not any(p.grad is not None and is_own(pair, n) for n, p in model.named_parameters()):
+                return Support(False, False)
+            with torch.no_grad():
+                move(model)
+                expected = model(x)
         except Exception:
             return Support(False, False)
         try:
-            model.merge_adapter()
-            model(batch(pair))
+            with torch.no_grad():
+                model.merge_adapter()
+                allowed = 4 * tolerance(pair) + 2 * STORAGES[pair.storage].error
+                assert_near(model(x), expected, allowed)
         except Exception:
             return Support(True, False)
     return Support(True, True)
+
+
+def is_own(pair: Pair, parameter: str) -> bool:
+    """Whether a parameter is the method's, and not that of another whose config it rides on."""
+    return pair.method == pair.peft_type or "lora_" not in parameter
+
+
+def move(model: torch.nn.Module) -> None:
+    """Change every trainable value, so that merging has something to do."""
+    source = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.grad is not None:
+            noise = torch.randn(parameter.shape, generator=source)
+            parameter.add_(0.1 * noise.to(parameter.dtype))
 
 
 def both(pair: Pair) -> tuple[PeftModel, Any]:
