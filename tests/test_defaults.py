@@ -27,9 +27,7 @@ def test_every_architecture_of_the_installed_peft_means_the_same() -> None:
     assert {kind: LORA_TARGETS.get(kind) for kind in PEFTS} == PEFTS
 
 
-@pytest.mark.parametrize(
-    "config", [{"model_type": "gpt2"}, types.SimpleNamespace(model_type="gpt2")]
-)
+@pytest.mark.parametrize("kind", [dict, types.SimpleNamespace])
 def test_the_config_may_be_an_object_or_a_dictionary(kind: Any) -> None:
     assert default_targets(model(kind(model_type="gpt2"))) == ["c_attn"]
 
