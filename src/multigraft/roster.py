@@ -59,11 +59,12 @@ class Roster:
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the handles: a copy's own ones make themselves known."""
-        return {**self.__dict__, "handles": WeakSet()}
+        return {name: value for name, value in self.__dict__.items() if name != "handles"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copied or unpickled roster is known as its own root's."""
         self.__dict__.update(state)
+        self.handles = WeakSet()
         _LIVE[self.root] = ref(self)
 
     def acting(self) -> tuple[str, ...]:

@@ -57,9 +57,10 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     root = _root(model)
     layers = adapted_layers(root)
     statuses = [_layer(layer) for layer in layers]
-    roster = layers[0].roster if layers else None
+    roster = layers[0].roster if layers else getattr(model, "roster", None)
     configs = roster.configs if roster else {}
-    parameters = list(root.parameters())
+    contexts = {n: list(c.parameters()) for n in configs if roster and (c := roster.context_of(n))}
+    parameters = [*root.parameters(), *(p for own in contexts.values() for p in own)]
     merged = [frozenset(x.merged_adapters) for x in layers]
     everywhere = {n for n in configs if any(n in m for m in merged)}
     is_regular = all(m == everywhere & set(x.grafts) for m, x in zip(merged, layers, strict=True))
@@ -74,11 +75,20 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         active_adapters=list(roster.active) if roster else [],
         merged_adapters=[n for n in configs if n in everywhere] if is_regular else "irregular",
         requires_grad={
-            n: _agree([s.requires_grad[n] for s in statuses if n in s.requires_grad])
+            n: _agree(
+                [s.requires_grad[n] for s in statuses if n in s.requires_grad]
+                + [p.requires_grad for p in contexts.get(n, ())]
+            )
             for n in configs
         },
         available_adapters=sorted(configs),
-        devices={n: sorted({d for s in statuses for d in s.devices.get(n, [])}) for n in configs},
+        devices={
+            n: sorted(
+                {d for s in statuses for d in s.devices.get(n, [])}
+                | {p.device.type for p in contexts.get(n, ())}
+            )
+            for n in configs
+        },
     )
 
 

@@ -19,12 +19,17 @@ class Node:
 
 def outline(structure: Structure) -> Node:
     """The base at the root, a node for each group of sites, their adapters as siblings below."""
-    count = len(structure.adapters)
+    adapters, sites = len(structure.adapters), len(structure.sites)
     note = (
         f"one frozen base of {structure.base_parameters:,} parameters, "
-        f"{count} adapter{'s' if count != 1 else ''} at {len(structure.sites)} sites"
+        f"{adapters} adapter{'' if adapters == 1 else 's'} at "
+        f"{sites} site{'' if sites == 1 else 's'}"
     )
-    return Node(structure.base, note, tuple(_group(group) for group in structure.groups))
+    groups = [_group(group) for group in structure.groups]
+    if structure.contexts:
+        before = tuple(_adapter(adapter) for adapter in structure.contexts)
+        groups.insert(0, Node("context", "what the model is given", before))
+    return Node(structure.base, note, tuple(groups))
 
 
 def render(node: Node) -> str:

@@ -1,7 +1,7 @@
 """The structure of an adapted model, as data: one base, its sites, the adapters at each.
 
-Nesting is looked for in the module tree as it is, not through `multigraft.survey`, which never
-looks inside an adapted layer and so could not see a breach of the law.
+It is read from the module tree as it is, not through `multigraft.survey`, which refuses a model in
+which the law is broken: here a breach is described like everything else.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import nn
 
 from multigraft.graft import Graft
 from multigraft.layer import AdaptedLayer
-from multigraft.survey import adapted_layers
+from multigraft.roster import Roster
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class Structure:
         adapters: names, in order of addition.
         sites: adapted layers, in the model's order.
         nested: paths of adapted layers that lie inside another one; the law says: none.
+        contexts: adapters that change what the model is given; they act at no site.
     """
 
     base: str
@@ -83,6 +84,7 @@ class Structure:
     adapters: tuple[str, ...]
     sites: tuple[AdaptedSite, ...]
     nested: tuple[str, ...]
+    contexts: tuple[SiteAdapter, ...] = ()
 
     @property
     def is_flat(self) -> bool:
@@ -94,27 +96,36 @@ class Structure:
         """The sites with repeats folded: alike in everything but one index of the path."""
         found: dict[tuple, list[AdaptedSite]] = {}
         for site in self.sites:
-            key = (_INDEX.sub(".*", site.path), site.kind, site.storage, site.shape, site.adapters)
+            key = (
+                _INDEX.sub(r"\1*", site.path),
+                site.kind,
+                site.storage,
+                site.shape,
+                site.adapters,
+            )
             found.setdefault(key, []).append(site)
         return tuple(_group(sites) for sites in found.values())
 
     def parameters_of(self, adapter: str) -> int:
-        """How many numbers one adapter holds over all sites."""
-        return sum(a.parameters for site in self.sites for a in site.adapters if a.name == adapter)
+        """How many numbers one adapter holds over all sites, and in the context."""
+        places = [site.adapters for site in self.sites] + [self.contexts]
+        return sum(a.parameters for place in places for a in place if a.name == adapter)
 
 
 def describe(model: nn.Module) -> Structure:
     """The structure of a `PeftModel`, or of a model adapted in place."""
     base_of = getattr(model, "get_base_model", None)
     base = base_of() if callable(base_of) else model
-    layers = adapted_layers(base)
+    layers = list(_outermost(base, set()))
     own = {id(p) for layer in layers for g in layer.all_grafts() for p in _tensors(g)}
+    roster = layers[0].roster if layers else getattr(model, "roster", None)
     return Structure(
         base=type(base).__name__,
         base_parameters=sum(p.numel() for p in base.parameters() if id(p) not in own),
-        adapters=tuple(layers[0].roster.configs) if layers else (),
+        adapters=tuple(roster.configs) if roster else (),
         sites=tuple(_site(layer) for layer in layers),
         nested=tuple(nested_layers(model)),
+        contexts=tuple(_contexts(roster)) if roster else (),
     )
 
 
@@ -127,7 +138,19 @@ def nested_layers(model: nn.Module) -> Iterator[str]:
                     yield below
 
 
-_INDEX = re.compile(r"\.\d+(?=\.|$)")
+def _outermost(module: nn.Module, seen: set[int]) -> Iterator[AdaptedLayer]:
+    """Adapted layers that lie in no other one, each once, in the model's order."""
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    if isinstance(module, AdaptedLayer):
+        yield module
+        return
+    for child in module.children():
+        yield from _outermost(child, seen)
+
+
+_INDEX = re.compile(r"(^|\.)\d+(?=\.|$)")
 
 
 def _site(layer: AdaptedLayer) -> AdaptedSite:
@@ -153,6 +176,23 @@ def _adapter(layer: AdaptedLayer, name: str, grafts: Sequence[Graft]) -> SiteAda
         is_trainable=any(p.requires_grad for g in grafts for p in g.parameters()),
         parameters=sum(t.numel() for g in grafts for t in _tensors(g)),
     )
+
+
+def _contexts(roster: Roster) -> Iterator[SiteAdapter]:
+    for name in roster.configs:
+        context = roster.context_of(name)
+        if context is not None:
+            own = list(context.parameters())
+            yield SiteAdapter(
+                name=name,
+                method=context.name,
+                rank=0,
+                scaling=1.0,
+                is_active=roster.enabled and name in roster.active,
+                is_merged=False,
+                is_trainable=any(p.requires_grad for p in own),
+                parameters=sum(p.numel() for p in own),
+            )
 
 
 def _tensors(graft: Graft) -> list[nn.Parameter]:

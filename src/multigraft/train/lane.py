@@ -101,23 +101,22 @@ class Lane:
 
 def adapter_parameters(model: PeftModel, adapter: str) -> list[nn.Parameter]:
     """The adapter's own trainable tensors, each once, by ownership rather than by name."""
-    found: dict[int, nn.Parameter] = {}
-    for _, graft in model.roster.grafts(adapter):
-        found |= {id(p): p for p in graft.parameters() if p.is_floating_point()}
-    return list(found.values())
+    own = model.roster.parameters(adapter)
+    return list({id(p): p for p in own if p.is_floating_point()}.values())
 
 
 def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of each row's learned tokens, summed in float32.
 
     Args:
-        logits: ``(rows, tokens, vocabulary)``; those at a token predict the next one.
+        logits: ``(rows, tokens, vocabulary)``; those at a token predict the next one. There may be
+            more, of virtual tokens in front, of which nothing is learned.
         labels: ``(rows, tokens)``, `IGNORED` where nothing is learned.
 
     Returns:
         ``(rows,)``; rows of which nothing is learned have 0.
     """
-    targets = labels[:, 1:]
+    logits, targets = logits[:, -labels.shape[1] :], labels[:, 1:]
     rows, places = (targets >= 0).nonzero(as_tuple=True)
     losses = nn.functional.cross_entropy(
         logits[rows, places].float(), targets[rows, places], reduction="none"
