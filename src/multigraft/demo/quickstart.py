@@ -18,6 +18,7 @@ from torch import Tensor
 from multigraft import train as training
 from multigraft.demo import RECIPE, TASKS, Recipe, Task, examples, model_path
 from multigraft.inspect import Structure, describe
+from multigraft.kbit import prepare_model_for_kbit_training
 from multigraft.methods.lora import LoraConfig
 from multigraft.model import PeftModel
 from multigraft.routing import BASE as BASE
@@ -85,6 +86,10 @@ class Quickstart:
         seed: decides initial values, order and dropout.
         recipe: settings of every adapter.
         base: folder of the base model; the package's own by default.
+        quantize: format in which the base's linear layers are kept (QLoRA), or None.
+
+    Raises:
+        TrainingError: the output cannot be written to.
     """
 
     def __init__(
@@ -94,12 +99,15 @@ class Quickstart:
         recipe: Recipe = RECIPE,
         base: str | Path | None = None,
         tasks: Sequence[Task] = TASKS,
+        quantize: str | None = None,
     ) -> None:
         self.output = Path(output)
+        training.check_output(self.output)
         self.seed = seed
         self.recipe = recipe
         self.base = str(base or model_path())
         self.tasks = tuple(tasks)
+        self.quantize = quantize
         self.scores: Scores | None = None
         self.reloaded: Reload | None = None
 
@@ -111,7 +119,9 @@ class Quickstart:
     @cached_property
     def model(self) -> PeftModel:
         """The base with one new adapter per task, all of them over every linear layer."""
-        model: Any = training.load_model(self.base, dtype=self.recipe.dtype, device="cpu")
+        model: Any = self._load_base()
+        if self.quantize:
+            prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         for task in self.tasks:
             model = training.attach(model, self._config(), task.name, self.seed)
         return model
@@ -126,7 +136,7 @@ class Quickstart:
         return training.train(self.model, lane, on_step)
 
     def structure(self) -> Structure:
-        """What hangs where, with every adapter active, so that their sum is what acts."""
+        """What hangs where: the base, its sites, the adapters at each."""
         return describe(self.model)
 
     def evaluate(self, task: Task) -> dict[str, float]:
@@ -173,9 +183,8 @@ class Quickstart:
         """Save the adapters, load them onto a fresh base, and compare the logits of one batch."""
         names = [task.name for task in self.tasks]
         self.model.save_pretrained(self.output, selected_adapters=names)
-        base = training.load_model(self.base, dtype=self.recipe.dtype, device="cpu")
         folders = [self.output / name for name in names]
-        fresh = PeftModel.from_pretrained(base, folders[0], adapter_name=names[0])
+        fresh = PeftModel.from_pretrained(self._load_base(), folders[0], adapter_name=names[0])
         for name, folder in zip(names[1:], folders[1:], strict=True):
             fresh.load_adapter(folder, name)
         ours, theirs = self._logits(self.model), self._logits(fresh)
@@ -216,6 +225,10 @@ class Quickstart:
                 f"largest difference {reloaded.max_difference:g}",
             ),
         ]
+
+    def _load_base(self) -> Any:
+        options = {"dtype": self.recipe.dtype, "device": "cpu", "quantize": self.quantize}
+        return training.load_model(self.base, **options)
 
     def _config(self) -> LoraConfig:
         return LoraConfig(

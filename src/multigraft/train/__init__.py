@@ -13,7 +13,7 @@ from multigraft.train.batches import Batch, Order, collate
 from multigraft.train.data import BadLine, Chat, Pair, Record, Records, pairs, read_jsonl
 from multigraft.train.encode import Encoded, Encoding, encode, encode_one, prompt_ids
 from multigraft.train.evaluate import Answer, answer, generate, mean_loss, share_right
-from multigraft.train.finetune import FineTune, Outcome
+from multigraft.train.finetune import FineTune, Outcome, check_output
 from multigraft.train.lane import Lane
 from multigraft.train.load import attach, load_model, load_tokenizer, pad_token
 from multigraft.train.loop import OnStep, Progress, train
@@ -39,6 +39,7 @@ __all__ = [
     "Records",
     "answer",
     "attach",
+    "check_output",
     "collate",
     "encode",
     "encode_one",

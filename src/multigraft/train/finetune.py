@@ -67,7 +67,8 @@ class FineTune:
             MultigraftError: whichever of them does not fit; the output is untouched.
         """
         check_name(self.adapter)
-        _check_output(self.folder, self.overwrite)
+        _refuse_to_replace(self.folder, self.overwrite)
+        check_output(self.folder)
         files = [self.data, *([self.eval_data] if self.eval_data else [])]
         records = [read_jsonl(file) for file in files]
         for read in records:
@@ -211,12 +212,20 @@ def _check_lengths(examples: Sequence[Encoded], base: nn.Module, max_length: int
         )
 
 
-def _check_output(folder: Path, overwrite: bool) -> None:
+def _refuse_to_replace(folder: Path, overwrite: bool) -> None:
     if (folder / CONFIG_NAME).exists() and not overwrite:
         raise TrainingError(
             f"{folder} holds an adapter already. Choose another output directory or adapter name, "
             "or replace it with --overwrite (overwrite=True)."
         )
+
+
+def check_output(folder: Path) -> None:
+    """Find out whether an adapter can be written there; nothing is left behind.
+
+    Raises:
+        TrainingError: it cannot.
+    """
     nearest = next(p for p in (folder, *folder.parents) if p.exists())
     if not nearest.is_dir():
         raise TrainingError(f"{nearest} is a file; the output must be a directory.")

@@ -17,6 +17,7 @@ from multigraft.config import CONFIG_NAME, PeftConfig
 from multigraft.errors import CheckpointError, ConfigError, MissingExtraError, did_you_mean
 from multigraft.model import PeftModel
 from multigraft.train.loop import seeded
+from multigraft.train.quantised import load_options
 
 DTYPES = {
     "float32": torch.float32,
@@ -61,7 +62,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype | str:
 
 
 def load_model(
-    source: str | os.PathLike[str], *, dtype: str = "auto", device: str = "auto"
+    source: str | os.PathLike[str],
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    quantize: str | None = None,
 ) -> nn.Module:
     """A causal language model in evaluation mode.
 
@@ -69,18 +74,23 @@ def load_model(
         source: a directory, or an id on the hub.
         dtype: ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, …
+        quantize: ``"nf4"``, ``"fp4"`` or ``"int8"``, for its linear layers except the head.
 
     Raises:
         CheckpointError: there is no such model, or it cannot be read.
-        ConfigError: the dtype or the device is not to be had.
+        ConfigError: the dtype, the device or the format is not to be had.
+        MissingExtraError: a package that this needs is not installed.
     """
     place = pick_device(device)
     kind = pick_dtype(dtype, place)
     transformers = _transformers()
     load = transformers.AutoModelForCausalLM.from_pretrained
-    model, found = _fetch(source, "model", load, dtype=kind, output_loading_info=True)
+    options = {} if quantize is None else load_options(quantize, place, kind, transformers)
+    model, found = _fetch(source, "model", load, dtype=kind, output_loading_info=True, **options)
     _refuse_random(source, found)
-    model.to(place).eval()
+    if quantize is None:
+        model.to(place)
+    model.eval()
     return model
 
 
