@@ -66,10 +66,11 @@ def empty_cache(model: nn.Module) -> Any:
     """A cache of transformers' that fits the model's layers."""
     from transformers import DynamicCache, EncoderDecoderCache
 
-    config = model.config
     if is_encoder_decoder(model):
+        part: Any = model
+        config = part.get_decoder().config  # which may have more layers than the encoder, or fewer
         return EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
-    return DynamicCache(config=config)
+    return DynamicCache(config=model.config)
 
 
 def filled_cache(context: Context, model: nn.Module, batch: int, cache: Any = None) -> Any:
