@@ -1,6 +1,6 @@
 # Multigraft: the verbs of a checkout. Each makes .venv first where it is missing or stale.
 #
-#   make demo     attach, train and serve two adapters on the small model in the package
+#   make demo     attach, train and serve three adapters on the small model in the package
 #   make test     format, lint, types, tests: what CI runs
 #   make lint     the first three of these
 #   make format   let ruff rewrite what it can
