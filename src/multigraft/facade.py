@@ -202,14 +202,15 @@ class Scaling(MutableMapping[str, float]):
             graft.method.scaling = float(factor * graft.method.scaling)
 
     def __getitem__(self, adapter: str) -> float:
-        return self._grafts(adapter)[0].method.scaling
+        graft = self._grafts(adapter)[0]
+        return graft.method.scaling / graft.site.times
 
     def __setitem__(self, adapter: str, value: float) -> None:
         grafts = self._writable(adapter)
         if not grafts:
             raise KeyError(adapter)
         for graft in grafts:
-            graft.method.scaling = float(value)
+            graft.method.scaling = float(value) * graft.site.times
 
     def __delitem__(self, adapter: str) -> None:
         raise AdapterNameError(f"`{adapter}`: delete adapters with model.delete_adapter(name).")

@@ -174,15 +174,16 @@ def merged_value(layer: AdaptedLayer, grafts: Sequence[Graft], name: str, own: T
     Args:
         own: the base's own dense values, in the layer's layout.
     """
+    here = [graft for graft in grafts if name in touched(graft)]
     value = own
-    for graft in grafts:
+    for graft in here:
         if graft.method.kind == "replace":
             value = graft.params[name.removeprefix(graft.site.key_of(""))]
     value = _fresh(value)
-    for graft in grafts:
+    for graft in here:
         if graft.method.kind == "map":
             value = mapped(graft, name, value)
-    return _accumulate(value, grafts, name, 1.0, own)
+    return _accumulate(value, here, name, 1.0, own)
 
 
 def _write(

@@ -29,6 +29,7 @@ class Site:
             ``layer`` itself.
         target: what configs' patterns match; the path unless a parameter is named.
         label: tells the tensors of several sites of one adapter at one adapted layer apart.
+        times: how often an update counts here, see `multigraft.bases.attention`.
         disk: where this adapter's tensors stand in files; the path unless PEFT nests wrappers.
     """
 
@@ -41,6 +42,7 @@ class Site:
     inner: str = ""
     target: str = ""
     label: str = ""
+    times: int = 1
     disk: str = ""
 
     def __post_init__(self) -> None:

@@ -5,6 +5,9 @@
 The attention hands both to one operator, so `out_proj` is served where its parent is: as a tensor
 of the attention, which runs with the adapted one in its place. Targeting the attention means both.
 
+Departs from W + ΔW: PEFT adds the update of a targeted attention's `out_proj` twice, in its forward
+as in its merge (observed in 0.21.2), so that this is what its files mean. It counts twice here too.
+
 `nn.TransformerEncoderLayer` reads, in evaluation, the tensors of all its layers and runs an
 operator of its own; what it reads from an adapted layer is the adapted tensor.
 """
@@ -47,7 +50,8 @@ class Attention(Geometry):
     def parts(self, layer: nn.Module) -> tuple[Part, ...]:
         out = geometry_of(cast(Any, layer).out_proj)
         assert out is not None, "asked `whole_refusal` first"
-        return Part("", "in_proj_weight", Matrix("in_proj_weight")), Part("out_proj", None, out)
+        joint = Part("", "in_proj_weight", Matrix("in_proj_weight"))
+        return joint, Part("out_proj", None, out, times=2)
 
 
 GEOMETRIES.register(nn.MultiheadAttention)(Attention())

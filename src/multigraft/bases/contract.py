@@ -22,11 +22,13 @@ class Part(NamedTuple):
         inner: the child that holds it; empty for the layer itself.
         parameter: its name, when it is not the weight behind a forward.
         geometry: how it is shaped.
+        times: how often PEFT adds an update of it, and so what its files mean.
     """
 
     inner: str
     parameter: str | None
     geometry: Geometry
+    times: int = 1
 
 
 class Geometry:

@@ -151,6 +151,7 @@ class LoRA(Method):
         self.rank = pattern_value(config.rank_pattern, site.target, config.r)
         self.alpha = pattern_value(config.alpha_pattern, site.target, config.lora_alpha)
         self.scaling = self.alpha / (math.sqrt(self.rank) if config.use_rslora else self.rank)
+        self.scaling *= site.times
         is_lookup = self.geometry.name == "embedding"
         self.dropout = 0.0 if is_lookup else config.lora_dropout
         self.bias = "lora_B.bias" if config.lora_bias else None
