@@ -6,8 +6,8 @@ from torch import nn
 
 from multigraft import tasks
 from multigraft.config import PeftConfig, TaskType
-from multigraft.errors import UnsupportedError
 from multigraft.model import PeftModel
+from multigraft.prepare import own_copy
 
 TASK_CLASSES: dict[str, type[PeftModel]] = {
     TaskType.CAUSAL_LM: tasks.PeftModelForCausalLM,
@@ -50,14 +50,10 @@ def get_peft_model(
     Raises:
         AdapterNameError: the name is taken or cannot name a folder.
         TargetError: the config does not fit the model; the model is as it was.
+        UnsupportedError: model or config is none.
     """
-    if not isinstance(peft_config, PeftConfig):
-        raise UnsupportedError(
-            f"`peft_config` (={type(peft_config).__name__}) must be a config of Multigraft, such "
-            "as multigraft.LoraConfig. Change the import of the config as well."
-        )
+    peft_config = own_copy(peft_config)
     if revision is not None:
-        peft_config = peft_config.copy()
         peft_config.revision = peft_config.revision or revision
     return class_for(peft_config)(
         model,

@@ -6,6 +6,7 @@
     ├── AdapterNameError (ValueError)   a name that exists already, is unknown, or breaks a path
     ├── NestingError (ValueError)       a graft on a graft
     ├── StateError (RuntimeError)       an operation that the present state forbids
+    ├── MergeError (ValueError)         a merge whose result would not be finite
     ├── RoutingError (ValueError)       a mixed batch whose rows cannot be served
     ├── UnsupportedError (ValueError)   a thing that we know and do not do
     ├── CheckpointError (RuntimeError)  files that are damaged or that fit another model
@@ -44,6 +45,10 @@ class NestingError(MultigraftError, ValueError):
 
 class StateError(MultigraftError, RuntimeError):
     """The operation needs another state of the model: merged, unmerged, attached."""
+
+
+class MergeError(MultigraftError, ValueError):
+    """What would be written into the base is NaN or infinite; nothing was merged."""
 
 
 class RoutingError(MultigraftError, ValueError):

@@ -5,6 +5,7 @@ Everything here is a view: nothing is stored twice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from multigraft.containers import AdapterDict
-from multigraft.errors import AdapterNameError, StateError
+from multigraft.errors import AdapterNameError, ConfigError, StateError
 
 if TYPE_CHECKING:
     from multigraft.graft import Graft
@@ -110,16 +111,24 @@ class LayerFacade:
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of the active adapters."""
-        for name in set(self.active_adapters) & set(self.grafts):
-            self.scaling.multiply(name, scale)
+        self._rescale(scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scaling of the active adapters, or set it back to what the config says."""
-        for name in set(self.active_adapters) & set(self.grafts):
-            if scale is None:
-                self.set_scale(name, 1.0)
+        if scale == 0:
+            raise StateError(f"{self.path}: `scale` (=0) cannot be divided by; leave it out.")
+        self._rescale(None if scale is None else 1 / scale)
+
+    def _rescale(self, factor: float | None) -> None:
+        """Multiply, or set back, the active adapters' scalings: all of them or none."""
+        names = [name for name in self.active_adapters if name in self.grafts]
+        for name in names:
+            self.scaling.check(name, 1.0 if factor is None else factor)
+        for name in names:
+            if factor is None:
+                self.scaling.by_config(name, 1.0)
             else:
-                self.scaling.multiply(name, 1 / scale)
+                self.scaling.multiply(name, factor)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -192,13 +201,13 @@ class Scaling(MutableMapping[str, float]):
 
     def by_config(self, adapter: str, factor: float) -> None:
         """Make it ``factor`` times what the adapter's config says."""
-        for graft in self._writable(adapter):
+        for graft in self.check(adapter, factor):
             own = type(graft.method)(graft.site, graft.method.config).scaling
             graft.method.scaling = float(factor * own)
 
     def multiply(self, adapter: str, factor: float) -> None:
         """Make it ``factor`` times what it is."""
-        for graft in self._writable(adapter):
+        for graft in self.check(adapter, factor):
             graft.method.scaling = float(factor * graft.method.scaling)
 
     def __getitem__(self, adapter: str) -> float:
@@ -206,9 +215,11 @@ class Scaling(MutableMapping[str, float]):
         return graft.method.scaling / graft.site.times
 
     def __setitem__(self, adapter: str, value: float) -> None:
-        grafts = self._writable(adapter)
+        grafts = self.check(adapter, value)
         if not grafts:
-            raise KeyError(adapter)
+            raise AdapterNameError(
+                f"{self._layer.path}: `{adapter}` has no scaling here. There are: {list(self)}."
+            )
         for graft in grafts:
             graft.method.scaling = float(value) * graft.site.times
 
@@ -230,7 +241,21 @@ class Scaling(MutableMapping[str, float]):
             raise KeyError(adapter)
         return found
 
-    def _writable(self, adapter: str) -> list[Graft]:
+    def check(self, adapter: str, value: float) -> list[Graft]:
+        """The adapter's grafts here, when its scaling may be set from ``value`` now.
+
+        Raises:
+            AdapterNameError: the model has no such adapter.
+            StateError: it is merged.
+            ConfigError: the value is no finite number.
+        """
+        self._layer.roster.require_one(adapter)
+        is_number = hasattr(value, "__float__") and math.isfinite(float(value))
+        if not is_number:
+            raise ConfigError(
+                f"{self._layer.path}: the scaling of `{adapter}` (={value!r}) must be a finite "
+                "number."
+            )
         if adapter in self._layer.merged_adapters:
             raise StateError(
                 f"{self._layer.path}: the scaling of `{adapter}` cannot change while it is merged "

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from multigraft import checkpoint
 from multigraft.config import CONFIG_NAME, PeftConfig, TargetedConfig
 from multigraft.containers import check_name
-from multigraft.errors import CheckpointError, ConfigError, MultigraftWarning, StateError
-from multigraft.prepare import Prepared, prepare
+from multigraft.errors import CheckpointError, MultigraftWarning, StateError
+from multigraft.prepare import Prepared, own_copy, prepare
 from multigraft.state import drop_base_tensors, write
 from multigraft.survey import Spot, survey
 from multigraft.tuner import Tuner
@@ -65,9 +65,7 @@ def load_into(
     _check_options(options)
     if config is None:
         config, options = read_config(source, adapter, options)
-    if not isinstance(config, PeftConfig):
-        raise ConfigError(f"`config` (={config!r}) must be a config of Multigraft, or None.")
-    config = config.copy()
+    config = own_copy(config)
     config.inference_mode = not is_trainable
     where = {k: v for k, v in options.items() if k in (*HUB_OPTIONS, "subfolder")}
     tensors = checkpoint.read(checkpoint.locate_weights(source, **where), allow_pickle=allow_pickle)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from multigraft.effective import in_dtype, mapped, touched
-from multigraft.errors import MultigraftWarning, StateError, UnsupportedError
+from multigraft.errors import MergeError, MultigraftWarning, StateError, UnsupportedError
 from multigraft.graft import Graft
 from multigraft.layer import AdaptedLayer
 from multigraft.requantisation import Loss, report
@@ -45,7 +45,7 @@ def merge(
     Raises:
         StateError: one of them is merged already; adapters are disabled; two replace one module.
         UnsupportedError: a method or a storage cannot merge; says which and what to do.
-        ValueError: a value that would be written is not finite.
+        MergeError: a value that would be written is not finite.
     """
     if names is None:
         names = [n for n in roster.active if n not in roster.merged]
@@ -206,7 +206,7 @@ def _write(
             own = slot.read()
             value = merged_value(layer, fresh, name, own)
         if safe and not torch.isfinite(value).all():
-            raise ValueError(
+            raise MergeError(
                 f"{layer.path}: merging {[g.adapter for g in fresh]} gives NaN or infinity in "
                 f"`{name}`; nothing was merged. Check the adapter's tensors."
             )
@@ -215,7 +215,7 @@ def _write(
         slot.write(value)
         losses += _measure(layer, name, slot, own, value)
     if not all(loss.is_finite for loss in losses):
-        raise ValueError(
+        raise MergeError(
             f"{layer.path}: the merged values do not fit into the {layer.storage.name} format; "
             "nothing was merged. Check the adapter's tensors, or keep the adapter."
         )
@@ -245,7 +245,7 @@ def _check(layer: AdaptedLayer, grafts: Sequence[Graft], keep_original: bool) ->
                     "no values; load the adapter before merging it."
                 )
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise ValueError(
+                raise MergeError(
                     f"{layer.path}: `{name}` of `{graft.adapter}` holds NaN or infinity; nothing "
                     "was merged. Retrain the adapter or load a good checkpoint."
                 )

@@ -21,6 +21,7 @@ from multigraft.errors import CheckpointError, RoutingError
 from multigraft.gradients import checkpoints_gradients, let_gradients_in
 from multigraft.keys import strip_prefix
 from multigraft.loading import load_into
+from multigraft.prepare import own_copy
 from multigraft.prompts.facade import PromptFacade
 from multigraft.roster import Roster
 from multigraft.routing import Route, check_names
@@ -359,7 +360,7 @@ class PeftModel(PromptFacade, nn.Module):
 
     def _with_defaults(self, config: PeftConfig) -> PeftConfig:
         """A copy that names its base model and saves the task's usual heads."""
-        config = config.copy()
+        config = own_copy(config)
         base = self.get_base_model()
         own = getattr(base, "config", None)
         name = (

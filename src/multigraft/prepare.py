@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from multigraft import prompts
 from multigraft.config import PeftConfig, TargetedConfig
 from multigraft.defaults import default_targets
-from multigraft.errors import MultigraftWarning, TargetError
+from multigraft.errors import MultigraftWarning, TargetError, UnsupportedError
 from multigraft.graft import Graft, Shared, grow, grow_shared
 from multigraft.keys import disk_names
 from multigraft.methods import METHODS, Method, TensorSpec
@@ -152,6 +152,20 @@ def _dtype(base: torch.dtype, autocast: bool) -> torch.dtype:
     return torch.float32 if autocast and is_low else base
 
 
+def own_copy(config: PeftConfig) -> PeftConfig:
+    """The model's own copy of the user's config.
+
+    Raises:
+        UnsupportedError: it is no config of ours.
+    """
+    if not isinstance(config, PeftConfig):
+        raise UnsupportedError(
+            f"`peft_config` (={type(config).__name__}) must be a config of Multigraft, such "
+            "as multigraft.LoraConfig. Change the import of the config as well."
+        )
+    return config.copy()
+
+
 def prepare(
     model: nn.Module, adapter: str, config: PeftConfig, *, lenient: bool = False
 ) -> Prepared:
@@ -160,7 +174,7 @@ def prepare(
     Raises:
         TargetError: the config does not fit this model.
     """
-    config = config.copy()
+    config = own_copy(config)
     kinds = CONTEXTS if str(config.peft_type) in CONTEXTS else METHODS
     kinds[str(config.peft_type)].complete(config, model)
     spots = survey(model)

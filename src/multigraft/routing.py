@@ -5,7 +5,7 @@ The model owns the route; layers read it. Row indices are made once per device, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
@@ -87,7 +87,8 @@ def check_names(names: Sequence[str], rows: int | None, roster: Roster) -> None:
     Raises:
         RoutingError: wrong count, unknown adapter, or adapters merged or switched off.
     """
-    if isinstance(names, str) or not all(isinstance(n, str) for n in names):
+    is_list = isinstance(names, Iterable) and not isinstance(names, str)
+    if not (is_list and all(isinstance(n, str) for n in names)):
         raise RoutingError(f"`adapter_names` (={names!r}) must be a list with one name per row.")
     if rows is not None and len(names) != rows:
         raise RoutingError(

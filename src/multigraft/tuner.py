@@ -20,7 +20,7 @@ from multigraft.errors import AdapterNameError, MultigraftWarning, StateError, U
 from multigraft.keys import sites_in
 from multigraft.layer import AdaptedLayer
 from multigraft.methods import METHODS
-from multigraft.prepare import Prepared, prepare
+from multigraft.prepare import Prepared, own_copy, prepare
 from multigraft.prompts import CONTEXTS
 from multigraft.requantisation import Loss
 from multigraft.roster import Roster
@@ -148,6 +148,11 @@ class Tuner(nn.Module):
         names = self.roster.require(adapter_name)
         merged = [n for n in self.roster.merged if n not in names]
         self.roster.check_together(names, without=merged)
+        if merged and not self.roster.enabled:
+            raise StateError(
+                f"adapters {merged} are merged and not among {names}, and cannot be unmerged while "
+                "adapters are disabled; leave disable_adapter() first."
+            )
         if merged:
             warnings.warn(
                 f"adapters {merged} were merged and are not among {names}: they are unmerged.",
@@ -257,6 +262,12 @@ class Tuner(nn.Module):
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         pending = self.roster.active if names is None else self.roster.require(names)
         pending = [n for n in pending if n not in self.roster.merged]
+        if not (pending or self.roster.merged):
+            warnings.warn(
+                "no adapter is active or named, so none is merged: the base comes back as it was.",
+                MultigraftWarning,
+                stacklevel=2,
+            )
         active = self.roster.active
         # The active ones are about to go: they have no say in what may be merged.
         self.roster.set_active([])
@@ -336,6 +347,8 @@ class Tuner(nn.Module):
 
 def base_of(model: nn.Module) -> nn.Module:
     """The base model behind a handle of ours; anything else is its own base."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedError(f"`model` (={type(model).__name__}) must be a torch.nn.Module.")
     while True:
         held = model if isinstance(model, Tuner) else model._modules.get("base_model")
         if not isinstance(held, Tuner):
@@ -364,7 +377,7 @@ def inject_adapter_in_model(
     Raises:
         UnsupportedError: the method changes the context rather than weights.
     """
-    config, base = peft_config.copy(), base_of(model)
+    config, base = own_copy(peft_config), base_of(model)
     if str(config.peft_type) in CONTEXTS:
         raise UnsupportedError(
             f"{config.peft_type} changes what the model is given, at a handle around it: there is "
