@@ -18,6 +18,7 @@ from multigraft import (
     MultigraftWarning,
     PeftModel,
     TargetError,
+    UnsupportedError,
     get_peft_model,
     set_peft_model_state_dict,
 )
@@ -143,8 +144,8 @@ def test_a_config_that_is_not_the_tensors_own_is_refused(
 @pytest.mark.parametrize("given", ["LORA", {"r": 2}, 3], ids=repr)
 def test_a_given_config_that_is_none_is_refused(given: object, folder: Path) -> None:
     model, attempt = beside_another(folder, config=given)
-    message = refused(ConfigError, model, attempt, folder)
-    assert f"`config` (={given!r}) must be a config of Multigraft" in message
+    message = refused(UnsupportedError, model, attempt, folder)
+    assert f"`peft_config` (={type(given).__name__}) must be a config of Multigraft" in message
 
 
 def test_a_given_config_of_another_method_is_refused(folder: Path) -> None:
