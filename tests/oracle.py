@@ -100,9 +100,10 @@ def llama_classifier() -> nn.Module:
     )
 
 
-def gemma() -> nn.Module:
+def gemma(**more: Any) -> nn.Module:
     """Its embedding multiplies what it looks up by `embed_scale`."""
-    return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**_SIZES, head_dim=8))
+    config = transformers.Gemma3TextConfig(**_SIZES, head_dim=8, **more)
+    return transformers.Gemma3ForCausalLM(config)
 
 
 def gpt2() -> nn.Module:
@@ -156,7 +157,7 @@ def bert_encoder() -> nn.Module:
     return transformers.BertModel(bert_config())
 
 
-def t5() -> nn.Module:
+def t5(tie_word_embeddings: bool = False) -> nn.Module:
     config = transformers.T5Config(
         vocab_size=VOCABULARY,
         d_model=16,
@@ -165,7 +166,7 @@ def t5() -> nn.Module:
         num_layers=1,
         num_heads=2,
         decoder_start_token_id=0,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tie_word_embeddings,
     )
     return transformers.T5ForConditionalGeneration(config)
 

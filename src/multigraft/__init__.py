@@ -30,6 +30,7 @@ from multigraft.methods.loha import LoHaConfig
 from multigraft.methods.lokr import LoKrConfig
 from multigraft.methods.lora import LoraConfig
 from multigraft.methods.oft import OFTConfig
+from multigraft.methods.trainable_tokens import TrainableTokensConfig
 from multigraft.methods.vera import VeraConfig
 from multigraft.model import PeftModel
 from multigraft.prompts.adaption import AdaptionPromptConfig
@@ -89,6 +90,7 @@ __all__ = [
     "StateError",
     "TargetError",
     "TaskType",
+    "TrainableTokensConfig",
     "TrainingError",
     "UnsupportedError",
     "VeraConfig",

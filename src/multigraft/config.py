@@ -348,6 +348,29 @@ def check_names(where: str, name: str, value: Any) -> list[str] | None:
     return names
 
 
+def check_tokens(where: str, name: str, value: Any) -> list[int]:
+    """A list of token ids, each once.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    required = "a list of different token ids, which are integers from 0"
+    require(isinstance(value, (list, tuple, set)), where, name, value, required)
+    tokens = sorted(value) if isinstance(value, set) else list(value)
+    are_ids = all(isinstance(t, int) and not isinstance(t, bool) and t >= 0 for t in tokens)
+    require(are_ids and len(set(tokens)) == len(tokens), where, name, value, required)
+    return tokens
+
+
+def check_token_table(where: str, name: str, value: Any) -> list[int] | dict[str, list[int]] | None:
+    """Token ids, or a dictionary from names of modules to theirs, or None; see `check_tokens`."""
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): check_tokens(where, name, tokens) for key, tokens in value.items()}
+    return check_tokens(where, name, value)
+
+
 def require(condition: bool, where: str, name: str, value: Any, required: str) -> None:
     """Raise `ConfigError` in the house form unless ``condition`` holds."""
     if not condition:

@@ -158,7 +158,9 @@ class LayerFacade:
         """Each adapter's grafts that act on a weight (not on a bias)."""
         for name, grafts in self.grafts.items():
             yield from (
-                (name, g) for g in grafts if g.method.kind == "additive" and g.site.geometry
+                (name, g)
+                for g in grafts
+                if g.method.kind == "additive" and g.site.geometry and not g.method.rides
             )
 
     def extra_repr(self) -> str:

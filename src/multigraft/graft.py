@@ -31,17 +31,30 @@ class Graft:
 
     Tensors live in modules, so that ``.to()``, state dicts and optimisers see them; they are read
     through their owners at each use, because conversions and sharding replace them there.
+
+    Args:
+        adapter: its name.
+        method: its method at the site.
+        shared: tensors that all sites of the adapter share.
+        tied: the graft whose tensors act here too, where the base's weight is that site's.
     """
 
-    __slots__ = ("adapter", "method", "own_specs", "owners", "shared", "stand_in")
+    __slots__ = ("adapter", "method", "own_specs", "owners", "shared", "stand_in", "tied")
 
-    def __init__(self, adapter: str, method: Method, shared: Shared | None = None) -> None:
+    def __init__(
+        self,
+        adapter: str,
+        method: Method,
+        shared: Shared | None = None,
+        tied: Graft | None = None,
+    ) -> None:
         self.adapter = adapter
         self.method = method
         self.shared = shared
         self.own_specs = method.tensors()
         self.owners: dict[str, tuple[nn.Module, str]] = {}
         self.stand_in: nn.Module | None = None
+        self.tied = tied
 
     @property
     def site(self) -> Site:
@@ -77,7 +90,7 @@ class Graft:
 
     def snapshot(self) -> Graft:
         """An independent copy of method and tensors: what a merge added, whatever changes since."""
-        twin = Graft(self.adapter, copy.copy(self.method), self.shared)
+        twin = Graft(self.adapter, copy.copy(self.method), self.shared, self.tied)
         holder = nn.Module()
         for index, (name, tensor) in enumerate(self.params.items()):
             holder.register_buffer(f"t{index}", tensor.detach().clone())

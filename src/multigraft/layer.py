@@ -247,9 +247,11 @@ class AdaptedLayer(LayerFacade, nn.Module):
                 f"({kinds}), and only one can take its place. Activate one of them."
             )
         others = {g.adapter for g in merged}
+        shares = any(g.tied is not None for g in merged)  # the base's own weight is elsewhere
         for graft in outside:
             needs_base = graft.method.needs_base and not graft.site.rebinds
-            reads_base = graft.method.kind == "map" or needs_base
+            needs_own = shares and graft.method.needs_weight and graft.tied is None
+            reads_base = graft.method.kind == "map" or needs_base or needs_own
             if reads_base and others - {graft.adapter}:
                 raise StateError(
                     f"{self.path}: `{graft.adapter}` ({graft.method.name}) works on the base "
@@ -271,6 +273,8 @@ class AdaptedLayer(LayerFacade, nn.Module):
             owner, key = self._group(group).place(graft.adapter, graft.site.label, leaf)
             hold(owner, key, tensor)
             graft.owners[name] = (owner, key)
+        if graft.tied is not None:
+            graft.owners = graft.tied.owners
         if graft.shared is not None:
             container = self._group(f"{graft.method.prefix}shared")
             container._modules[container.key(graft.adapter)] = graft.shared.leaf

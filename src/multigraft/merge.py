@@ -303,7 +303,7 @@ def _tensor_names(grafts: Sequence[Graft]) -> list[str]:
 def _accumulate(
     total: Tensor, grafts: Sequence[Graft], name: str, sign: float, own: Tensor | None = None
 ) -> Tensor:
-    """Add (or subtract) the additive changes of these grafts to ``total``, in place."""
+    """``total`` with the additive changes of these grafts added, or subtracted in place."""
     dtype = total.dtype
     for graft in grafts:
         if graft.method.kind != "additive":
@@ -311,7 +311,10 @@ def _accumulate(
         params = in_dtype(dtype, graft.params)
         if graft.site.key == name:
             base = own.to(dtype) if own is not None and graft.method.needs_weight else None
-            total.add_(graft.method.delta(params, base), alpha=sign)
+            if sign > 0:
+                total = graft.method.add_delta(params, total, base)
+            else:
+                total.sub_(graft.method.delta(params, base))
         elif name == graft.site.key_of("bias") and graft.site.parameter is None:
             bias = graft.method.delta_bias(params)
             if bias is not None:

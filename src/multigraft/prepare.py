@@ -68,10 +68,20 @@ class Prepared:
             on_meta: no memory, no values.
         """
         scions = []
+        made: dict[int, Graft] = {}
         shared = self._grow_shared(given, autocast, on_meta)
         for need, method in self.parts:
             found = self._given_to(need, method, given) if given else {}
-            graft = Graft(self.adapter, method, shared if need.method is self.main else None)
+            graft = Graft(
+                self.adapter,
+                method,
+                shared if need.method is self.main else None,
+                made.get(id(need.site.tied)),
+            )
+            made[id(need.site)] = graft
+            if graft.tied is not None:
+                scions.append(Scion(need.spot, graft))
+                continue
             if method.kind == "replace":
                 module = method.module()
                 if found:

@@ -30,6 +30,8 @@ class Site:
         target: what configs' patterns match; the path unless a parameter is named.
         label: tells the tensors of several sites of one adapter at one adapted layer apart.
         times: how often an update counts here, see `multigraft.bases.attention`.
+        tied: the site of the embedding whose weight this one shares, and what an adapter does to
+            it: it holds the adapter's tensors for both.
         disk: where this adapter's tensors stand in files; the path unless PEFT nests wrappers.
     """
 
@@ -44,6 +46,7 @@ class Site:
     label: str = ""
     times: int = 1
     disk: str = ""
+    tied: Site | None = None
 
     def __post_init__(self) -> None:
         self.target = self.target or self.path
@@ -51,6 +54,8 @@ class Site:
 
     def weight(self) -> Tensor:
         """The base's own tensor, dense and in its layout, even while adapters are merged."""
+        if self.tied is not None:
+            return self.tied.weight()
         name, key = self.tensor_name, self.key
         if key in self.kept:
             return self.storage.read_kept(self.layer, self.kept[key], name)

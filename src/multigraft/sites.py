@@ -22,6 +22,7 @@ from multigraft.errors import MultigraftWarning, TargetError, did_you_mean, ther
 from multigraft.methods import METHODS
 from multigraft.needs import Need, module_needs, name_on_disk, need_at, parameter_needs
 from multigraft.survey import Spot
+from multigraft.tokens import token_needs, with_ties
 
 HEAD_NAMES = ("score", "classifier")
 """Heads of sequence classifiers, which transformers initialises afresh."""
@@ -52,7 +53,8 @@ def find(
     needs = _once([need for spot in targets for need in module_needs(spot, main)])
     needs += _beside(needs, parameters)
     _check_patterns(config, [need.site.target for need in needs], lenient)
-    needs += saved + _biases(config, needs, spots, taken)
+    tokens = token_needs(model, config, spots, taken)
+    needs = with_ties([*needs, *tokens], spots) + saved + _biases(config, needs, spots, taken)
     if not needs:
         raise TargetError(
             "the config means no module at all: `target_modules` (=[]), and nothing else to train. "

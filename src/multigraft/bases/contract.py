@@ -93,6 +93,22 @@ class Geometry:
         """The layer's arithmetic for input ``x`` with ``W`` (in its layout) and without a bias."""
         raise NotImplementedError(f"{type(self).__name__} must define `run`")
 
+    def row_sizes(self, layer: nn.Module) -> tuple[int, int]:
+        """``(rows, width)`` of the weight as it is stored."""
+        in_, out = self.sizes(layer)
+        return out, in_
+
+    def exchange_rows(
+        self, layer: nn.Module, y: Tensor, x: Tensor, index: Tensor, own: Tensor, new: Tensor
+    ) -> Tensor:
+        """What the output ``y`` for ``x`` becomes when some rows of the weight are others.
+
+        Args:
+            index: which rows of the stored weight, ``(n,)``, each once.
+            own, new: their values now and then, ``(n, width)``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define `exchange_rows`")
+
     def product(self, layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
         """``B A`` in the layout and shape of the layer's weight."""
         raise NotImplementedError(f"{type(self).__name__} must define `product`")

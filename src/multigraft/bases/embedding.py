@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -38,6 +39,24 @@ class Embedding(Geometry):
         )
         # Gemma's and BART's embeddings multiply their output, so an update is multiplied as well.
         return h * getattr(emb, "embed_scale", 1.0)
+
+    def row_sizes(self, layer: nn.Module) -> tuple[int, int]:
+        return self.sizes(layer)
+
+    def exchange_rows(
+        self, layer: nn.Module, y: Tensor, x: Tensor, index: Tensor, own: Tensor, new: Tensor
+    ) -> Tensor:
+        emb = cast(Any, layer)
+        if emb.padding_idx is not None:  # which gets no gradient
+            new = torch.where((index == emb.padding_idx)[:, None], new.detach(), new)
+        # Each token's place among the sorted indices: no table of the vocabulary is made.
+        index, order = index.sort()
+        place = torch.searchsorted(index, x).clamp(max=len(index) - 1)
+        is_there = (index[place] == x).unsqueeze(-1)
+        scale = getattr(emb, "embed_scale", 1.0)
+        before, after = (F.embedding(place, rows[order]) * scale for rows in (own, new))
+        # In this order the new rows come out exactly where nobody else changed them.
+        return torch.where(is_there, (y - before).to(y.dtype) + after.to(y.dtype), y)
 
     def understands(self, layer: nn.Module) -> bool:
         return hasattr(layer, "embed_scale") or super().understands(layer)

@@ -33,6 +33,12 @@ class Linear(Geometry):
     def run(self, layer: nn.Module, x: Tensor, W: Tensor) -> Tensor:
         return F.linear(x, W)
 
+    def exchange_rows(
+        self, layer: nn.Module, y: Tensor, x: Tensor, index: Tensor, own: Tensor, new: Tensor
+    ) -> Tensor:
+        change = F.linear(x, (new - own).to(x.dtype))
+        return y.index_add(-1, index, change.to(y.dtype))
+
     def product(self, layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
         return B @ A
 

@@ -1,6 +1,18 @@
 """Methods: one file each. The import list is explicit and sorted."""
 
-from multigraft.methods import bias, hira, ia3, ln_tuning, loha, lokr, lora, oft, saved_module, vera
+from multigraft.methods import (
+    bias,
+    hira,
+    ia3,
+    ln_tuning,
+    loha,
+    lokr,
+    lora,
+    oft,
+    saved_module,
+    trainable_tokens,
+    vera,
+)
 from multigraft.methods.contract import METHODS, Method, TensorSpec, method
 
 __all__ = [
@@ -17,5 +29,6 @@ __all__ = [
     "method",
     "oft",
     "saved_module",
+    "trainable_tokens",
     "vera",
 ]

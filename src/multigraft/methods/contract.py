@@ -63,6 +63,10 @@ class Method:
     batchable: ClassVar[bool] = True
     """Whether rows of one batch may use different adapters of this method."""
     mergeable: ClassVar[bool] = True
+    rides: ClassVar[bool] = False
+    """Whether it stands beside another method that a config names: a bias, a saved module."""
+    follows_ties: ClassVar[bool] = False
+    """Whether modules that share an embedding's weight share what an adapter does to it."""
     identity_at_init: ClassVar[bool] = True
     """Whether a new adapter leaves the output unchanged (with the default initialisation)."""
     has_exact_gradients: bool = True
@@ -198,6 +202,7 @@ def method(name: str, *, config: type[PeftConfig] | None, paper: str) -> Callabl
 
     def add(cls: M) -> M:
         cls.name = name
+        cls.rides = config is None
         cls.__doc__ = (cls.__doc__ or "") + f"\n\n    Paper: {paper}\n"
         METHODS.register(name, cls)
         if config is not None:

@@ -23,6 +23,7 @@ from multigraft.config import (
     check_choice,
     check_names,
     check_patterns,
+    check_token_table,
     pattern_value,
     require,
 )
@@ -49,6 +50,8 @@ class LoraConfig(TargetedConfig):
         lora_bias: give B a bias.
         target_parameters: parameters to adapt by themselves, whatever module reads them: names, or
             ends of dotted paths (``experts.gate_up_proj``); matrices, and experts' stacks of them.
+        trainable_token_indices: tokens whose embeddings are trained as well: of the input
+            embedding, or a dictionary from names of modules to theirs.
         use_dora: decompose the weight into magnitude and direction (`multigraft.variants.dora`).
 
     The remaining fields are PEFT's; setting one that is not built yet is refused by name.
@@ -89,7 +92,6 @@ class LoraConfig(TargetedConfig):
     _not_saved: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
     _unbuilt: ClassVar[Mapping[str, Any]] = {
         "megatron_config": None,
-        "trainable_token_indices": None,
         "loftq_config": {},
         "eva_config": None,
         "corda_config": None,
@@ -112,6 +114,9 @@ class LoraConfig(TargetedConfig):
         self.target_parameters = check_names(where, "target_parameters", self.target_parameters)
         self.rank_pattern = check_patterns(where, "rank_pattern", self.rank_pattern)
         self.alpha_pattern = check_patterns(where, "alpha_pattern", self.alpha_pattern)
+        self.trainable_token_indices = check_token_table(
+            where, "trainable_token_indices", self.trainable_token_indices
+        )
         for name, rank in _entries("r", self.r, "rank_pattern", self.rank_pattern):
             is_rank = isinstance(rank, int) and not isinstance(rank, bool) and rank > 0
             require(is_rank, where, name, rank, "an integer of at least 1")
