@@ -285,9 +285,9 @@ def test_tokens_beyond_the_vocabulary_are_refused() -> None:
 
 @pytest.mark.parametrize("tokens", [[1, 1], [-1], ["a"], [True], "12", 3])
 def test_what_is_no_list_of_tokens_is_refused(tokens: Any) -> None:
-    with pytest.raises(ConfigError, match="token_indices.*different token ids"):
+    with pytest.raises(ConfigError, match=r"token_indices.*different token ids"):
         TrainableTokensConfig(token_indices=tokens)
-    with pytest.raises(ConfigError, match="trainable_token_indices.*different token ids"):
+    with pytest.raises(ConfigError, match=r"trainable_token_indices.*different token ids"):
         LoraConfig(trainable_token_indices={"embed_tokens": tokens})
 
 
@@ -300,7 +300,7 @@ def test_a_tied_head_with_tokens_of_its_own_is_refused() -> None:
     config = LoraConfig(
         target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1], "lm_head": [2]}
     )
-    with pytest.raises(TargetError, match="lm_head shares its weight with model.embed_tokens"):
+    with pytest.raises(TargetError, match=r"lm_head shares its weight with model\.embed_tokens"):
         get_peft_model(tied_llama(), config)
 
 
@@ -314,5 +314,5 @@ def test_tokens_of_a_module_that_is_saved_whole_are_refused() -> None:
 
 def test_an_unknown_module_of_tokens_is_named_with_the_nearest() -> None:
     config = LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_token": [1]})
-    with pytest.raises(TargetError, match="no module is called `embed_token`.*`embed_tokens`"):
+    with pytest.raises(TargetError, match=r"no module is called `embed_token`.*`embed_tokens`"):
         get_peft_model(oracle.llama(), config)
