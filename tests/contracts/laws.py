@@ -212,7 +212,7 @@ def merging_rounds_once_what_the_plain_twin_holds(pair: Pair) -> None:
     wide = {key: value.double() for key, value in state.items()}
     multigraft.set_peft_model_state_dict(twin, wide, "a")
     model.merge_adapter(), twin.merge_adapter()
-    error = max(STORAGES[pair.storage].error, 1e-6)
+    error = max(STORAGES[pair.storage].error, 4e-6)
     name = site.tensor_name
     assert_near(site.storage.read(site.layer, name), getattr(plain, name), 1.1 * error)
 

@@ -78,6 +78,9 @@ GEOMETRY_CASES: dict[str, GeometryCase] = {
     "conv2d 1x1": GeometryCase(lambda: nn.Conv2d(SIZE, 32, 1), _pixels(3, 3)),
     "conv3d": GeometryCase(lambda: nn.Conv3d(SIZE, 32, (1, 2, 1)), _pixels(2, 3, 2)),
     "embedding": GeometryCase(lambda: nn.Embedding(20, SIZE), lambda: torch.randint(20, (ROWS, 5))),
+    "attention": GeometryCase(
+        lambda: nn.MultiheadAttention(SIZE, 4, batch_first=True), _flat
+    ),
     "norm": GeometryCase(lambda: nn.LayerNorm(SIZE), _flat),
 }
 ONLY_DENSE = ("float32", "bfloat16")
@@ -91,10 +94,12 @@ class Subject(nn.Module):
         super().__init__()
         self.target = layer
         self.other = nn.Linear(4, 4)
+        self.inputs = 3 if isinstance(layer, nn.MultiheadAttention) else 1
 
     def forward(self, x: Tensor) -> Tensor:
-        """Whatever the layer takes to whatever it gives."""
-        return self.target(x)
+        """Whatever the layer takes to whatever it gives first; an attention attends to its input."""
+        y = self.target(*(x,) * self.inputs)
+        return y[0] if isinstance(y, tuple) else y
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,6 @@ class Pair:
     geometry: str
     storage: str
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    variant: int = 0
 
     def __str__(self) -> str:
         shown = ",".join(f"{k}={v}" for k, v in self.options.items() if k != "target_modules")
@@ -147,13 +151,19 @@ class Pair:
         return torch.finfo(self.dtype).eps
 
 
+def rows(*methods: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(method, options) of these methods, or of all."""
+    for method in methods or [name for name, _ in METHODS.items()]:
+        for options in OPTIONS.get(method, [{}]):
+            yield method, options
+
+
 def pairs(*methods: str) -> Iterator[Pair]:
     """Every pair of these methods, or of all."""
-    for method in methods or [name for name, _ in METHODS.items()]:
-        for variant, options in enumerate(OPTIONS.get(method, [{}])):
-            for geometry in GEOMETRY_CASES:
-                for storage in STORAGES if geometry == "linear" else ONLY_DENSE:
-                    yield Pair(method, geometry, storage, options, variant)
+    for method, options in rows(*methods):
+        for geometry in GEOMETRY_CASES:
+            for storage in STORAGES if geometry == "linear" else ONLY_DENSE:
+                yield Pair(method, geometry, storage, options)
 
 
 def uncovered() -> set[str]:
