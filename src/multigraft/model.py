@@ -27,6 +27,7 @@ from multigraft.roster import Roster
 from multigraft.routing import Route, check_names
 from multigraft.state import embedding_weights
 from multigraft.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
+from multigraft.storage import parameter_counts
 from multigraft.tuner import Tuner, base_of
 
 
@@ -205,10 +206,7 @@ class PeftModel(PromptFacade, nn.Module):
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameter counts; packed 4-bit weights count as what they hold."""
         trainable = total = 0
-        for parameter in self.parameters():
-            count = parameter.numel() or getattr(parameter, "ds_numel", 0)
-            if type(parameter).__name__ == "Params4bit":
-                count *= 2 * parameter.element_size()
+        for parameter, count in parameter_counts(self):
             total += count
             trainable += count if parameter.requires_grad else 0
         return trainable, total

@@ -26,6 +26,10 @@ def quickstart(
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads; torch's own choice by default.")
     ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(help="Keep the base's linear layers in nf4, fp4 or int8 (bitsandbytes)."),
+    ] = None,
     base: Annotated[Path | None, typer.Option(hidden=True)] = None,
     steps: Annotated[int | None, typer.Option(hidden=True, min=1)] = None,
     heldout: Annotated[int | None, typer.Option(hidden=True, min=1)] = None,
@@ -42,7 +46,7 @@ def quickstart(
     recipe = dataclasses.replace(
         RECIPE, steps=steps or RECIPE.steps, heldout=heldout or RECIPE.heldout
     )
-    job = Quickstart(output, seed, recipe, base)
+    job = Quickstart(output, seed, recipe, base, quantize=quantize)
     console = screen()
     start = time.monotonic()
     _train(console, job)

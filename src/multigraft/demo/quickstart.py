@@ -227,8 +227,8 @@ class Quickstart:
         ]
 
     def _load_base(self) -> Any:
-        options = {"dtype": self.recipe.dtype, "device": "cpu", "quantize": self.quantize}
-        return training.load_model(self.base, **options)
+        dtype = self.recipe.dtype
+        return training.load_model(self.base, dtype=dtype, device="cpu", quantize=self.quantize)
 
     def _config(self) -> LoraConfig:
         return LoraConfig(

@@ -15,6 +15,7 @@ from torch import nn
 from multigraft.graft import Graft
 from multigraft.layer import AdaptedLayer
 from multigraft.roster import Roster
+from multigraft.storage import holder, parameter_counts
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def describe(model: nn.Module) -> Structure:
     roster = layers[0].roster if layers else getattr(model, "roster", None)
     return Structure(
         base=type(base).__name__,
-        base_parameters=sum(p.numel() for p in base.parameters() if id(p) not in own),
+        base_parameters=sum(n for p, n in parameter_counts(base) if id(p) not in own),
         adapters=tuple(roster.configs) if roster else (),
         sites=tuple(_site(layer) for layer in layers),
         nested=tuple(nested_layers(model)),
@@ -154,12 +155,12 @@ _INDEX = re.compile(r"(^|\.)\d+(?=\.|$)")
 
 
 def _site(layer: AdaptedLayer) -> AdaptedSite:
-    weight = getattr(layer.base_layer, "weight", None)
+    has_weight = holder(layer.base_layer) is not None
     return AdaptedSite(
         path=layer.path,
         kind=type(layer.base_layer).__name__,
         storage=layer.storage.name,
-        shape=tuple(weight.shape) if weight is not None else (),
+        shape=layer.storage.shape(layer.base_layer) if has_weight else (),
         adapters=tuple(_adapter(layer, name, grafts) for name, grafts in layer.grafts.items()),
     )
 

@@ -1,5 +1,8 @@
 """Storages: one file a format. The import list is explicit and sorted."""
 
+import math
+from collections.abc import Iterator
+
 from torch import nn
 
 from multigraft.storage import bnb4, bnb8, dense, hooked, parametrised, torchao
@@ -19,6 +22,7 @@ __all__ = [
     "holder",
     "hooked",
     "let_gradients_through",
+    "parameter_counts",
     "parametrised",
     "slot_of",
     "storage_of",
@@ -56,3 +60,17 @@ def let_gradients_through(model: nn.Module) -> None:
     for module in model.modules():
         if module._parameters.get("weight") is not None:
             storage_of(module).make_differentiable(module)
+
+
+def parameter_counts(model: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
+    """Every parameter once, with the number of dense values that it holds.
+
+    Of a parameter that DeepSpeed keeps elsewhere, that is what it says itself.
+    """
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                count = math.prod(storage_of(module, name).shape(module, name))
+                yield parameter, count or getattr(parameter, "ds_numel", 0)

@@ -65,6 +65,9 @@ class Bnb4(Storage):
     def give_back(self, layer: nn.Module, kept: Any, name: str = "weight") -> None:
         _put(_weight(layer, name), _state(layer, name), *kept)
 
+    def shape(self, layer: nn.Module, name: str = "weight") -> tuple[int, ...]:
+        return tuple((_state(layer, name) or _weight(layer, name)).shape)
+
     def make_differentiable(self, layer: nn.Module, name: str = "weight") -> None:
         # The packing of an evaluation has no backward: bitsandbytes would raise, or, without a
         # bias, pass no gradient on.

@@ -66,6 +66,11 @@ class Storage:
         """Restore exactly what `keep` saw; ``kept`` stays good."""
         raise NotImplementedError(f"{type(self).__name__} must define `give_back`")
 
+    def shape(self, layer: nn.Module, name: str = "weight") -> tuple[int, ...]:
+        """Of the dense values, however they are packed."""
+        held = holder(layer, name)
+        return tuple(held.shape if isinstance(held, Tensor) else self.read(layer, name).shape)
+
     def make_differentiable(self, layer: nn.Module, name: str = "weight") -> None:
         """Undo what the layer's evaluation did to this tensor that would stop gradients."""
 

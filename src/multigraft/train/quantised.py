@@ -1,0 +1,47 @@
+"""Loading a base model with quantised linear layers: transformers and bitsandbytes do the work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from multigraft.errors import ConfigError, MissingExtraError, did_you_mean
+
+FORMATS = ("nf4", "fp4", "int8")
+
+
+def load_options(
+    quantize: str, device: torch.device, dtype: torch.dtype | str, transformers: Any
+) -> dict[str, Any]:
+    """What `from_pretrained` needs to quantise every linear layer but the head as it loads it.
+
+    Args:
+        quantize: one of `FORMATS`; the 4-bit ones quantise their block statistics as well.
+        dtype: of everything that stays as it is, and of the 4-bit layers' arithmetic.
+
+    Raises:
+        ConfigError: there is no such format.
+        MissingExtraError: bitsandbytes is not installed.
+    """
+    if quantize not in FORMATS:
+        raise ConfigError(
+            f"`quantize` (={quantize!r}) must be one of {', '.join(FORMATS)}."
+            f"{did_you_mean(quantize, FORMATS)}"
+        )
+    try:
+        import bitsandbytes  # noqa: F401 (transformers' own message names other things)
+    except ImportError as error:
+        raise MissingExtraError(
+            "quantised bases need bitsandbytes: pip install 'multigraft[quant]'"
+        ) from error
+    if quantize == "int8":
+        config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantize,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype if isinstance(dtype, torch.dtype) else torch.bfloat16,
+        )
+    return {"quantization_config": config, "device_map": {"": device}}
