@@ -242,3 +242,27 @@ def test_the_base_begins_a_prompt_whoever_adapts_its_embedding():
     adapted.add_adapter("c", oracle.our_config(options))
     own = adapted.prompt_encoder["c"].embedding.weight
     assert all((words == row).all(1).any() for row in own)
+
+
+def test_compressed_keys_take_no_prefix():
+    config = transformers.DeepseekV3Config(
+        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, kv_lora_rank=4, q_lora_rank=4,
+        qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=4, first_k_dense_replace=1,
+    )  # fmt: skip
+    base = oracle.build(lambda: transformers.DeepseekV3ForCausalLM(config))
+    with pytest.raises(UnsupportedError, match="compressed form"):
+        multigraft.get_peft_model(base, oracle.our_config(pairs.METHODS["prefix"]))
+    adapted = multigraft.get_peft_model(base, oracle.our_config(pairs.METHODS["prompt"]))
+    assert oracle.output(adapted, oracle.inputs(adapted)).shape[1] == oracle.TOKENS + 3
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_prefix_has_as_many_heads_as_the_cache(is_new):
+    config = transformers.FalconConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_kv_heads=2,
+        multi_query=True, new_decoder_architecture=is_new,
+    )  # fmt: skip
+    base = oracle.build(lambda: transformers.FalconForCausalLM(config))
+    adapted = multigraft.get_peft_model(base, oracle.our_config(pairs.METHODS["prefix"]))
+    assert oracle.output(adapted.eval(), oracle.inputs(adapted)).isfinite().all()

@@ -106,7 +106,7 @@ def key_shape(name: str, model: nn.Module) -> tuple[int, int] | None:
     """(heads, size of one) of the model's keys, as far as its config tells.
 
     Raises:
-        UnsupportedError: they differ from layer to layer.
+        UnsupportedError: they differ from layer to layer, or are not what the cache holds.
     """
     layers = tell(model, "per_layer_config") or ()
     shapes = {
@@ -117,12 +117,19 @@ def key_shape(name: str, model: nn.Module) -> tuple[int, int] | None:
             f"{name} has one shape of keys for all layers, and those of {type(model).__name__} "
             f"differ ({sorted(map(str, shapes))})."
         )
+    if tell(model, "kv_lora_rank"):
+        raise UnsupportedError(
+            f"{name} gives keys and values, and {type(model).__name__} keeps them in a compressed "
+            "form (latent attention). Prompt tuning and p-tuning do without."
+        )
     queries = tell(model, "num_attention_heads", "n_head", "num_heads")
     if is_encoder_decoder(model):
         queries = tell(model, "decoder_attention_heads") or queries
     if not queries:
         return None
-    heads = tell(model, "num_key_value_heads") or (1 if tell(model, "multi_query") else queries)
+    # Falcon's later architecture shares keys among groups, and repeats them in the cache.
+    is_one = tell(model, "multi_query") and not tell(model, "new_decoder_architecture")
+    heads = tell(model, "num_key_value_heads") or (1 if is_one else queries)
     width = tell(model, "hidden_size", "n_embd", "d_model")
     size = tell(model, "head_dim", "d_kv") or (width // queries if width else None)
     return (int(heads), int(size)) if size else None

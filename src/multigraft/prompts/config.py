@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,15 +59,26 @@ def require_count(where: str, name: str, value: Any) -> None:
     require(is_count, where, name, value, "an integer of at least 1")
 
 
-def complete_sizes(config: PromptLearningConfig, model: nn.Module) -> None:
+def complete_sizes(config: PromptLearningConfig, model: nn.Module, needed: Sequence[str]) -> None:
     """Fill the sizes that the user left out from the model's own config.
 
+    Args:
+        needed: those that the method cannot do without; the others stand in its files.
+
     Raises:
-        ConfigError: the model's config does not tell one of them.
+        ConfigError: the model's config does not tell one that is needed.
     """
     for field, names in _NAMES.items():
-        if getattr(config, field) is None:
-            setattr(config, field, _told(model, field, names))
+        if getattr(config, field) is not None:
+            continue
+        value = tell(model, *names)
+        if value is None and field in needed:
+            known = ", ".join(f"`{name}`" for name in names)
+            raise ConfigError(
+                f"`{field}` (=None) is taken from the model's config, which has none of {known}. "
+                "Give it in the adapter's config."
+            )
+        setattr(config, field, value if value is None else int(value))
     if config.num_transformer_submodules is None:
         config.num_transformer_submodules = 2 if config.task_type == TaskType.SEQ_2_SEQ_LM else 1
 
@@ -80,7 +91,7 @@ def complete_token_sizes(config: PromptLearningConfig, model: nn.Module) -> None
     """
     width = getattr(words_of(model), "embedding_dim", None)
     config.token_dim = config.token_dim or width
-    complete_sizes(config, model)
+    complete_sizes(config, model, needed=("token_dim",))
     if width is not None and config.token_dim != width:
         raise ConfigError(
             f"`token_dim` (={config.token_dim}) must be {width}, the width of the embeddings of "
@@ -132,14 +143,3 @@ _NAMES = {
     ),
 }
 """What models call the sizes that a config takes from them."""
-
-
-def _told(model: nn.Module, field: str, names: tuple[str, ...]) -> int:
-    value = tell(model, *names)
-    if value is None:
-        known = ", ".join(f"`{name}`" for name in names)
-        raise ConfigError(
-            f"`{field}` (=None) is taken from the model's config, which has none of {known}. Give "
-            "it in the adapter's config."
-        )
-    return int(value)

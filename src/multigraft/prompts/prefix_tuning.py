@@ -76,7 +76,7 @@ class PrefixTuning(Table):
             config.num_attention_heads, config.token_dim = shape[0], shape[0] * shape[1]
         if is_encoder_decoder(model) and config.num_layers is None:
             config.num_layers = tell(model, "num_decoder_layers", "decoder_layers")
-        complete_sizes(config, model)
+        complete_sizes(config, model, ("num_layers", "token_dim", "num_attention_heads"))
         config.encoder_hidden_size = config.encoder_hidden_size or config.token_dim
 
     @classmethod
