@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 
-TALKERS = ("torchao", "torch.utils._pytree", "transformers", "huggingface_hub")
+TALKERS = ("bitsandbytes", "torchao", "torch.utils._pytree", "transformers", "huggingface_hub")
 
 
 def hush() -> None:
