@@ -7,7 +7,8 @@
 #   make bench    every script in bench/, against PEFT and the frozen base; writes bench/results/
 #   make clean    remove .venv and everything built
 #
-# JOBS=4 make test runs that many test processes; PYTHON=python3.12 picks the interpreter of a new .venv.
+# JOBS=4 make test runs that many test processes; PYTHON=python3.12 picks the interpreter of a new .venv;
+# QUANTIZE=nf4 make demo keeps the base in 4 bits.
 
 PYTHON ?= python3
 JOBS   ?= 2
@@ -26,7 +27,7 @@ help:
 	@sed -n 's/^#   //p' Makefile
 
 demo: $(STAMP)
-	@$(BIN)/multigraft quickstart
+	@$(BIN)/multigraft quickstart $(if $(QUANTIZE),--quantize $(QUANTIZE))
 
 # One thread for each test process: tiny models gain nothing from more, and processes would fight for cores.
 test: export OMP_NUM_THREADS = 1
