@@ -114,9 +114,22 @@ class AdaptedLayer(LayerFacade, nn.Module):
         self.is_read = is_read
         self.grafts: dict[str, list[Graft]] = {}
         self.kept: dict[str, Any] = {}
-        self.merged_grafts: list[Graft] = []
+        self._merged: list[Graft] = []
         self.plan = Plan()
         self.training = base_layer.training
+
+    @property
+    def merged_grafts(self) -> list[Graft]:
+        """What is in the base layer's own tensors now, as it was when it was merged."""
+        return self._merged
+
+    @merged_grafts.setter
+    def merged_grafts(self, grafts: list[Graft]) -> None:
+        self._merged = grafts
+        if grafts:
+            self.roster.merged_layers[self] = None
+        else:
+            self.roster.merged_layers.pop(self, None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's output plus what each acting adapter contributes.

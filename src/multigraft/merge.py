@@ -145,7 +145,7 @@ def hide(roster: Roster) -> list[tuple[AdaptedLayer, dict[str, Any]]]:
     Raises:
         StateError: the originals were not kept.
     """
-    layers = [x for x in roster.touched(roster.merged) if x.merged_grafts]
+    layers = list(roster.merged_layers)
     for layer in layers:
         names = _tensor_names(layer.merged_grafts)
         if any(name not in layer.kept for name in names):

@@ -44,6 +44,10 @@ class Roster:
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.route: Route | None = None
+        self.trainable: dict[str, None] = {}
+        """Adapters that were thawed here and not frozen since."""
+        self.merged_layers: dict[AdaptedLayer, None] = {}
+        """Layers that something is merged into; each notes itself."""
         self.hidden: list[Any] = []
         """Merged values that are out of the base while adapters are disabled."""
         self.losses: dict[str, Loss] = {}
@@ -78,7 +82,8 @@ class Roster:
     @property
     def merged(self) -> list[str]:
         """Adapters that are merged at any layer."""
-        return [n for n in self.configs if any(n in x.merged_adapters for x in self.layers[n])]
+        inside = {g.adapter for layer in self.merged_layers for g in layer.merged_grafts}
+        return [n for n in self.configs if n in inside] if inside else []
 
     @property
     def first_active(self) -> str:
@@ -212,6 +217,10 @@ class Roster:
     def set_requires_grad(self, names: Iterable[str], requires_grad: bool) -> None:
         """Freeze or thaw the trainable parameters of these adapters, and of no others."""
         for name in names:
+            if requires_grad:
+                self.trainable[name] = None
+            else:
+                self.trainable.pop(name, None)
             for parameter in self.parameters(name):
                 if parameter.is_floating_point():
                     parameter.requires_grad_(requires_grad)

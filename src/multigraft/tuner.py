@@ -139,7 +139,8 @@ class Tuner(nn.Module):
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make exactly these adapters active and trainable (unless ``inference_mode``).
 
-        The others are frozen; merged ones among them are unmerged, with a warning.
+        The others that were trainable are frozen; merged ones among them are unmerged, with a
+        warning. Flags that you set on parameters yourself stay.
 
         Raises:
             AdapterNameError: there is no such adapter; nothing was changed.
@@ -162,7 +163,7 @@ class Tuner(nn.Module):
             merging.unmerge(self.roster, merged)
         self._warn_of_merged([] if inference_mode else names)
         self.roster.set_active(names)
-        others = [n for n in self.roster.configs if n not in names]
+        others = [n for n in self.roster.trainable if n not in names]
         self.roster.set_requires_grad(others, False)
         self.roster.set_requires_grad(names, not inference_mode)
 

@@ -74,6 +74,7 @@ def attach(
         raise
     roster.configs[adapter] = config
     roster.layers[adapter] = layers
+    roster.trainable[adapter] = None
 
 
 def exchange(
@@ -113,6 +114,7 @@ def exchange(
 def detach(roster: Roster, adapter: str) -> None:
     """Take one adapter out; layers that are left without any give way to their base layer."""
     roster.configs.pop(adapter)
+    roster.trainable.pop(adapter, None)
     roster.let_go(adapter)
     layers = roster.layers.pop(adapter)
     for layer in layers:
