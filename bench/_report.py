@@ -5,7 +5,7 @@
     report.write()
 
 A list of numbers is a column's samples: the report shows their median and quartiles and keeps them
-all. `write` leaves `<name>.json` and `<name>.md` in bench/results/ and prints the second.
+all. `write` leaves `<name>-<machine>.json` and `.md` in bench/results/ and prints the second.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import subprocess
@@ -69,7 +70,7 @@ class Report:
             "hardware": hardware(),
             "notes": self.notes,
         }
-        path = folder / f"{self.name}.json"
+        path = folder / f"{self.name}-{machine()}.json"
         path.write_text(json.dumps({**facts, "rows": self.rows}, indent=1) + "\n")
         text = self._markdown(facts)
         path.with_suffix(".md").write_text(text)
@@ -139,6 +140,15 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def machine() -> str:
+    """The machine's class, as part of a file's name: its GPU, or the number of its cores."""
+    import torch
+
+    if torch.cuda.is_available():
+        return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    return f"cpu-{_cores()}-cores"
 
 
 def hardware() -> dict[str, Any]:

@@ -48,3 +48,9 @@ def test_the_command_is_relative_to_the_repository(monkeypatch):
     script = str(_report.ROOT / "bench" / "speed.py")
     monkeypatch.setattr(sys, "argv", [script, "--runs", "3", "two words"])
     assert _report.own_command() == "python bench/speed.py --runs 3 'two words'"
+
+
+def test_the_file_names_the_benchmark_and_the_machine(tmp_path):
+    path = _report.Report("speed").row(case="one", ms=[2.5]).write(tmp_path)
+    assert path.name == f"speed-{_report.machine()}.json"
+    assert _report.machine().replace("-", "").isalnum()
