@@ -1,23 +1,16 @@
-"""Plain tensors: narrow dtypes, what is not plain, classes with a forward of their own."""
+"""Plain tensors: narrow dtypes, one rounding, what is not plain after all."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import prune
 
 from multigraft import LoraConfig, PeftModel, UnsupportedError, get_peft_model
-from multigraft.storage import DENSE, FOREIGN, STORAGES, storage_of
+from multigraft.storage import DENSE, storage_of
 from tests.laws import fingerprint
 from tests.storage.cases import CASES
-
-
-class Doubled(nn.Linear):
-    """A linear layer that does something else with its weight."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
 
 
 def adapted(layer: nn.Module, scale: float = 1.0) -> PeftModel:
@@ -92,40 +85,6 @@ def test_an_integer_weight_is_refused():
     layer = nn.Linear(8, 8)
     layer.weight = nn.Parameter(torch.ones(8, 8, dtype=torch.int32), requires_grad=False)
     assert "not a floating-point tensor" in storage_of(layer).refusal(layer)
-
-
-def test_a_class_with_a_forward_of_its_own_is_adapted_and_not_merged():
-    layer, x = Doubled(8, 8), torch.randn(3, 8)
-    model = adapted(layer)
-    assert storage_of(layer) is FOREIGN
-    apart = model(x)
-    with pytest.raises(UnsupportedError, match=r"register a storage for `.*Doubled`"):
-        model.merge_adapter()
-    assert torch.equal(model(x), apart)
-
-
-def test_a_storage_registered_for_such_a_class_serves_it():
-    class Halved(type(DENSE)):
-        """The weight counts twice, so half of the change is written."""
-
-        def read(self, layer: nn.Module, name: str = "weight") -> Tensor:
-            return 2 * super().read(layer, name)
-
-        def write(self, layer: nn.Module, value: Tensor, name: str = "weight") -> None:
-            super().write(layer, value / 2, name)
-
-        def read_kept(self, layer: nn.Module, kept: Tensor, name: str = "weight") -> Tensor:
-            return 2 * super().read_kept(layer, kept, name)
-
-    layer, x = Doubled(8, 8, bias=False), torch.randn(3, 8)
-    STORAGES.register(Doubled)(Halved())
-    try:
-        model = adapted(layer)
-        apart = model(x)
-        model.merge_adapter()
-        torch.testing.assert_close(model(x), apart)
-    finally:
-        STORAGES.unregister(Doubled)
 
 
 def test_a_bias_is_plain_whatever_the_weights_format():

@@ -7,7 +7,8 @@ from torch import nn
 
 from multigraft.storage import bnb4, bnb8, dense, hooked, parametrised, torchao
 from multigraft.storage.contract import STORAGES, Storage, holder
-from multigraft.storage.dense import DENSE, FOREIGN
+from multigraft.storage.dense import DENSE
+from multigraft.storage.foreign import Foreign, foreign, is_understood
 from multigraft.storage.slot import Slot
 
 __all__ = [
@@ -30,19 +31,24 @@ __all__ = [
 ]
 
 
+FOREIGN = foreign(DENSE)
+
+
 def storage_of(layer: nn.Module, name: str = "weight") -> Storage:
     """The storage that serves this tensor of this layer: the tensor's own type first.
 
-    A plain tensor says nothing about the layer, so there the layer's type may still name a format.
+    A plain tensor says nothing about the layer, so there the layer's type may still name a format;
+    and where the layer does something of its own with its tensors, only its type can name one.
     Other tensors than the weight (a quantised layer's bias) are plain in every format.
     """
-    found = STORAGES.find(type(holder(layer, name)))
-    if found is not None and found is not DENSE:
+    held = holder(layer, name)
+    found = STORAGES.find(type(held)) or DENSE
+    if found is DENSE and name != "weight":
+        return FOREIGN if isinstance(storage_of(layer), Foreign) else DENSE
+    if found is not DENSE and is_understood(layer, held):
         return found
-    if name != "weight":
-        weight = storage_of(layer)
-        return weight if weight is FOREIGN else DENSE
-    return STORAGES.find(type(layer)) or dense.plain(layer)
+    own = STORAGES.find(type(layer))
+    return own or (found if is_understood(layer, held) else foreign(found))
 
 
 def slot_of(layer: nn.Module, name: str = "weight") -> Slot:

@@ -1,8 +1,6 @@
 """Plain tensors: float64, float32, bfloat16, float16, and the 8-bit floats; buffers of any dtype.
 
 8-bit floats are stored and never computed in: they read as float32, and adapters take that dtype.
-Layers whose forward is not the registered class's own (an unknown subclass) are read but never
-written: nobody knows what their forward does with the weight.
 """
 
 from __future__ import annotations
@@ -12,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from multigraft.bases.contract import geometry_of
-from multigraft.registry import qualified_name
 from multigraft.storage.contract import STORAGES, Storage
 
 NARROW = frozenset({torch.float16, torch.float8_e4m3fn, torch.float8_e5m2})
@@ -87,28 +83,8 @@ class Dense(Storage):
         return weight.dtype if weight.dtype.itemsize > 1 else None
 
 
-class Foreign(Dense):
-    """A layer that we adapt through its forward but may not write."""
-
-    name = "foreign"
-
-    def refusal(self, layer: nn.Module, name: str = "weight") -> str | None:
-        kind = qualified_name(type(layer))
-        return (
-            f"`{kind}` overrides `forward`, so its `{name}` may mean something else than its base "
-            f"class's; register a storage for `{kind}` (multigraft.storage.STORAGES) to merge it"
-        )
-
-
 DENSE = Dense()
-FOREIGN = Foreign()
 STORAGES.register(nn.Parameter, Tensor)(DENSE)
-
-
-def plain(layer: nn.Module) -> Storage:
-    """`Dense`, unless the layer's class overrides the forward that its geometry knows."""
-    geometry = geometry_of(layer)
-    return DENSE if geometry is None or geometry.understands(layer) else FOREIGN
 
 
 def _computable(tensor: Tensor) -> Tensor:
