@@ -63,16 +63,16 @@ def effective(name: str, grafts: Sequence[Graft], value: Tensor) -> Tensor:
         A tensor of ``value``'s shape and dtype.
     """
     dtype = value.dtype
-    if dtype.itemsize == 1:  # 8-bit floats are stored and never computed in
+    # 8-bit floats are stored and never computed in; maps are, in no less than float32.
+    is_mapped = any(graft.method.kind == "map" for graft in grafts)
+    if dtype.itemsize == 1 or (is_mapped and dtype.itemsize < 4):
         value = value.float()
     # Autocast would round ΔW, and give a tensor of another dtype than the parameter's.
     with torch.autocast(value.device.type, enabled=False):
         for graft in grafts:
             if graft.method.kind == "replace":
                 value = graft.params[name.removeprefix(graft.site.key_of(""))]
-        for graft in grafts:
-            if graft.method.kind == "map":
-                value = mapped(graft, name, value)
+        value = mapped(grafts, name, value)
         for graft in grafts:
             if graft.method.kind == "additive":
                 value = _added(graft, name, value)
@@ -85,16 +85,35 @@ def held(layer: nn.Module, name: str) -> Any:
     return getattr(layer.get_submodule(path), leaf)
 
 
-def mapped(graft: Graft, name: str, value: Tensor) -> Tensor:
-    """A weight or bias with a linear map of the layer's input or output folded in."""
-    method, geometry, layer = graft.method, graft.site.geometry, graft.site.layer
+def mapped(grafts: Sequence[Graft], name: str, value: Tensor) -> Tensor:
+    """A weight or bias with the linear maps of its layer's input and output folded in."""
+    maps = [graft for graft in grafts if graft.method.kind == "map"]
+    # W' = O_b O_a W I_b I_a for x that goes through I_a first: the last input map is folded first.
+    for graft in reversed(maps):
+        value = _input_folded(graft, name, value)
+    for graft in maps:
+        value = _output_folded(graft, name, value)
+    return value.contiguous() if maps else value
+
+
+def _input_folded(graft: Graft, name: str, value: Tensor) -> Tensor:
+    method, geometry = graft.method, graft.site.geometry
+    if name != graft.site.key or type(method).input is Method.input:
+        return value
+    assert geometry is not None
+    params = in_dtype(value.dtype, graft.params)
+    return geometry.fold_input(graft.site.layer, value, lambda x: method.input(params, x))
+
+
+def _output_folded(graft: Graft, name: str, value: Tensor) -> Tensor:
+    method, geometry = graft.method, graft.site.geometry
+    if type(method).output is Method.output:
+        return value
     assert geometry is not None
     params = in_dtype(value.dtype, graft.params)
     if name != graft.site.key:
         return method.output(params, method.as_output_bias(value)).reshape(value.shape)
-    value = geometry.fold_input(layer, value, lambda x: method.input(params, x))
-    value = geometry.fold_output(layer, value, lambda y: method.output(params, y))
-    return value.contiguous()
+    return geometry.fold_output(graft.site.layer, value, lambda y: method.output(params, y))
 
 
 def in_dtype(dtype: torch.dtype, params: Params) -> dict[str, Tensor]:

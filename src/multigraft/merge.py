@@ -179,10 +179,7 @@ def merged_value(layer: AdaptedLayer, grafts: Sequence[Graft], name: str, own: T
     for graft in here:
         if graft.method.kind == "replace":
             value = graft.params[name.removeprefix(graft.site.key_of(""))]
-    value = _fresh(value)
-    for graft in here:
-        if graft.method.kind == "map":
-            value = mapped(graft, name, value)
+    value = mapped(here, name, _fresh(value))
     return _accumulate(value, here, name, 1.0, own)
 
 

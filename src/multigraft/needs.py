@@ -85,7 +85,8 @@ def module_needs(spot: Spot, method: type[Method]) -> Iterator[Need]:
         )
     for part in parts:
         held = spot.hosted[part.inner] if part.inner else spot
-        need = need_at(held, method, part.parameter, part.geometry, target=spot.path)
+        label = (part.parameter or "") if len(parts) > 1 else ""
+        need = need_at(held, method, part.parameter, part.geometry, target=spot.path, label=label)
         need.site.times = part.times
         if need.site.rebinds:
             _refuse_unplain(held.layer, need.site.tensor_name, where)

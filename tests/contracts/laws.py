@@ -174,7 +174,7 @@ def what_it_adds_is_the_layer_run_with_its_delta(pair: Pair) -> None:
     model = attach(pair, subject=subject)
     for graft in grafts(model, pair):
         method, params = graft.method, graft.params
-        if method.kind != "additive" or graft.site.parameter is not None:
+        if method.kind != "additive" or graft.site.rebinds:
             continue
         W = graft.site.weight()
         delta = method.delta(params, W if method.needs_weight else None)
@@ -258,6 +258,9 @@ def two_adapters_stand_in_parallel(pair: Pair) -> None:
             model.base_model.set_adapter(["a", "b"])
         assert fingerprint(model) == before
         return
+    if a.site.rebinds:
+        their_tensors_combine(model, pair)
+        return
     alone = {}
     for name in ("a", "b"):
         model.set_adapter(name)
@@ -272,12 +275,40 @@ def two_adapters_stand_in_parallel(pair: Pair) -> None:
     assert_near(model(x), expected, 2 * tolerance(pair))
 
 
+def their_tensors_combine(model: PeftModel, pair: Pair) -> None:
+    """What another forward reads of two adapters: both changes' sum, or one map after the other."""
+    held = model.get_base_model().get_submodule(TARGET)
+    for a, b in zip(grafts(model, pair, "a"), grafts(model, pair, "b"), strict=True):
+        seen = {}
+        for names in (["a"], ["b"], ["a", "b"]):
+            model.base_model.set_adapter(names)
+            seen["".join(names)] = held.show(a.site.key)
+        own = a.site.weight()
+        if a.method.kind == "additive":
+            assert_near(seen["ab"], seen["a"] + seen["b"] - own, 2 * tolerance(pair))
+            continue
+        v = torch.eye(own.shape[1], dtype=own.dtype)
+        y = b.method.input(b.params, a.method.input(a.params, v)) @ own.T
+        expected = b.method.output(b.params, a.method.output(a.params, y))
+        assert_near(v @ seen["ab"].T, expected, 2 * tolerance(pair))
+
+
+@law(lambda pair: mergeable(pair) and not replaces(pair))
+def two_merged_are_the_forward_of_both(pair: Pair) -> None:
+    model, x = attach(pair, "a", "b"), batch(pair)
+    model.base_model.set_adapter(["a", "b"])
+    expected = model(x)
+    model.merge_adapter()
+    assert_near(model(x), expected, 2 * (tolerance(pair) + STORAGES[pair.storage].error))
+
+
 @law()
 def a_mixed_batch_is_row_by_row(pair: Pair) -> None:
     model, x = attach(pair, "a", "b"), batch(pair)
     names = ["a", "b", "__base__", "a"]
     assert len(names) == ROWS
-    if not METHODS[pair.method].batchable:
+    takes_rows = all(graft.site.takes_rows for graft in grafts(model, pair))
+    if not (METHODS[pair.method].batchable and takes_rows):
         with pytest.raises(multigraft.RoutingError):
             model(x, adapter_names=names)
         return

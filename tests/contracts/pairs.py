@@ -78,9 +78,7 @@ GEOMETRY_CASES: dict[str, GeometryCase] = {
     "conv2d 1x1": GeometryCase(lambda: nn.Conv2d(SIZE, 32, 1), _pixels(3, 3)),
     "conv3d": GeometryCase(lambda: nn.Conv3d(SIZE, 32, (1, 2, 1)), _pixels(2, 3, 2)),
     "embedding": GeometryCase(lambda: nn.Embedding(20, SIZE), lambda: torch.randint(20, (ROWS, 5))),
-    "attention": GeometryCase(
-        lambda: nn.MultiheadAttention(SIZE, 4, batch_first=True), _flat
-    ),
+    "attention": GeometryCase(lambda: nn.MultiheadAttention(SIZE, 4, batch_first=True), _flat),
     "norm": GeometryCase(lambda: nn.LayerNorm(SIZE), _flat),
 }
 ONLY_DENSE = ("float32", "bfloat16")
@@ -97,7 +95,7 @@ class Subject(nn.Module):
         self.inputs = 3 if isinstance(layer, nn.MultiheadAttention) else 1
 
     def forward(self, x: Tensor) -> Tensor:
-        """Whatever the layer takes to whatever it gives first; an attention attends to its input."""
+        """Whatever the layer takes to what it gives; an attention attends to its own input."""
         y = self.target(*(x,) * self.inputs)
         return y[0] if isinstance(y, tuple) else y
 

@@ -66,7 +66,7 @@ class HiRA(Method):
 
     def __init__(self, site: Site, config: HiraConfig) -> None:
         super().__init__(site, config)
-        self.rank = pattern_value(config.rank_pattern, site.path, config.r)
+        self.rank = pattern_value(config.rank_pattern, site.target, config.r)
         self.is_lookup = self.geometry.name == "embedding"
         infix = "embedding_" if self.is_lookup else ""
         self.A, self.B = f"hira_{infix}A", f"hira_{infix}B"

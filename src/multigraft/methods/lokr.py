@@ -77,7 +77,7 @@ class LoKr(Method):
 
     def __init__(self, site: Site, config: LoKrConfig) -> None:
         super().__init__(site, config)
-        self.rank, self.alpha = config.rank_at(site.path), config.alpha_at(site.path)
+        self.rank, self.alpha = config.rank_at(site.target), config.alpha_at(site.target)
         self.scaling = self.alpha / self.rank
         self.rank_dropout, self.module_dropout = config.rank_dropout, config.module_dropout
         self.rank_dropout_scale = config.rank_dropout_scale
