@@ -7,6 +7,8 @@ merge/unmerge cycles in bfloat16 drift tenfold.
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -302,3 +304,18 @@ def test_t10_deleting_a_merged_adapter_gives_the_bits_back_whatever_it_became() 
     model.delete_adapter("b")
     model.delete_adapter("a")
     nets.assert_bits(model.get_base_model(), bits)
+
+
+@pytest.mark.parametrize("how", ["copy", "pickle"])
+def test_t10_a_copy_of_a_merged_model_unmerges_by_itself(how: str) -> None:
+    bits = nets.base_bits(nets.net())
+    model = get_peft_model(nets.net(), LoraConfig(r=2, target_modules=["up", "head"]))
+    nets.train_by_hand(model, "default")
+    model.merge_adapter()
+    twin = copy.deepcopy(model) if how == "copy" else pickle.loads(pickle.dumps(model))
+    output = model(nets.ids())
+    assert twin.roster.merged == ["default"]
+    nets.assert_bits(twin.unload(), bits)
+    assert model.roster.merged == ["default"]
+    assert nets.same_bits(model(nets.ids()), output)
+    nets.assert_bits(model.unload(), bits)

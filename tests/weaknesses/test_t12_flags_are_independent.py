@@ -125,6 +125,22 @@ def test_t12_an_inactive_adapter_can_be_thawed_without_becoming_active() -> None
     assert all(p.grad is None for _, p in nets.own_parameters(model, "b"))
 
 
+def test_t12_set_adapter_freezes_what_was_trainable_and_leaves_flags_set_by_hand() -> None:
+    model = get_peft_model(nets.net(), CONFIG, adapter_name="a")
+    for name in ("b", "c"):
+        model.add_adapter(name, CONFIG)
+    model.base_model.set_requires_grad("b")
+    by_hand = [tensor for _, tensor in nets.own_parameters(model, "c")]
+    for tensor in by_hand:
+        tensor.requires_grad_(True)
+    model.set_adapter("a")
+    assert not any(t.requires_grad for _, t in nets.own_parameters(model, "b"))
+    assert all(t.requires_grad for t in by_hand)
+    model.set_adapter("c")
+    model.set_adapter("a")
+    assert not any(t.requires_grad for t in by_hand)
+
+
 def test_t12_a_merged_adapter_may_be_inactive_and_frozen_or_not() -> None:
     model = model_with()
     model.merge_adapter(["b"])

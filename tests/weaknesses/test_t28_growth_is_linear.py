@@ -15,9 +15,17 @@ from typing import Any
 import pytest
 from torch import nn
 
-from multigraft import AdaptedLayer, LoraConfig, PeftModel, get_peft_model
+from multigraft import (
+    AdaptedLayer,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from multigraft import get_peft_model_state_dict as state_of
 from multigraft.containers import AdapterDict
+from multigraft.facade import LayerFacade
 from multigraft.graft import Graft
 from multigraft.methods.lora import LoRA
 from tests.weaknesses import nets
@@ -54,7 +62,9 @@ def counted(patch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         count(AdaptedLayer, "add")
         count(AdaptedLayer, "remove")
         count(AdapterDict, "__getitem__")
+        count(LayerFacade, "merged_adapters")
         count(Graft, "params")
+        count(Graft, "parameters", as_generator=True)
         count(LoRA, "tensors")
         count(LoRA, "__init__")
         yield counts
@@ -91,8 +101,38 @@ def save(model: PeftModel, folder: Path) -> None:
     model.save_pretrained(folder / "out", selected_adapters=["n0"])
 
 
+def inject(model: PeftModel, folder: Path) -> None:
+    inject_adapter_in_model(ALL, model.get_base_model(), "new")
+
+
+def overwrite(model: PeftModel, folder: Path) -> None:
+    set_peft_model_state_dict(model, state_of(model, adapter_name="n1"), adapter_name="n0")
+
+
 def activate(model: PeftModel, folder: Path) -> None:
-    model.roster.set_active(["n1"])
+    model.set_adapter("n1")
+
+
+def merge(model: PeftModel, folder: Path) -> None:
+    model.merge_adapter(["n1"])
+
+
+def merge_and_unmerge(model: PeftModel, folder: Path) -> None:
+    model.merge_adapter(["n1"])
+    model.unmerge_adapter()
+
+
+def disable(model: PeftModel, folder: Path) -> None:
+    with model.disable_adapter():
+        model(nets.ids())
+
+
+def delete(model: PeftModel, folder: Path) -> None:
+    model.delete_adapter("n1")
+
+
+def route(model: PeftModel, folder: Path) -> None:
+    model(nets.ids(2), adapter_names=["n0", "n1"])
 
 
 def run(model: PeftModel, folder: Path) -> None:
@@ -104,9 +144,16 @@ STEPS: list[Callable[[PeftModel, Path], None]] = [
     add_to_one_layer,
     load,
     load_over,
+    inject,
     extract,
+    overwrite,
     save,
     activate,
+    merge,
+    merge_and_unmerge,
+    disable,
+    delete,
+    route,
     run,
 ]
 
