@@ -16,6 +16,7 @@ from tests.bases.nets import fill, seeded, wrappers
 from tests.laws import adapted_paths, assert_side_by_side, bits_of, fingerprint
 
 OPTIONS: dict[str, dict[str, Any]] = {
+    "ADALORA": {"total_step": 10},
     "IA3": {"feedforward_modules": ["attn"]},
     "TRAINABLE_TOKENS": {"token_indices": [1, 2]},
 }
