@@ -266,3 +266,47 @@ def test_a_prefix_has_as_many_heads_as_the_cache(is_new):
     base = oracle.build(lambda: transformers.FalconForCausalLM(config))
     adapted = multigraft.get_peft_model(base, oracle.our_config(pairs.METHODS["prefix"]))
     assert oracle.output(adapted.eval(), oracle.inputs(adapted)).isfinite().all()
+
+
+def gemma(kind: str, **more):
+    config = getattr(transformers, f"{kind}TextConfig")(
+        vocab_size=40, vocab_size_per_layer_input=40, hidden_size=16, intermediate_size=16,
+        hidden_size_per_layer_input=4, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, sliding_window=4, num_kv_shared_layers=2,
+        layer_types=["full_attention", "sliding_attention"] * 2, **more,
+    )  # fmt: skip
+    return oracle.build(lambda: getattr(transformers, f"{kind}ForCausalLM")(config))
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "layers"),
+    [
+        ("Gemma3n", {"laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 4}, {0: 8, 1: 8}),
+        ("Gemma4", {}, {0: 512, 1: 8}),
+    ],
+)
+def test_layers_of_several_shapes_take_what_fits(kind, more, layers):
+    outputs = []
+    for library in (multigraft, peft):
+        base = gemma(kind, **more)
+        torch.manual_seed(5)
+        config = library.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+        with oracle.quiet():
+            adapted = library.get_peft_model(base, config).eval()
+            outputs.append(oracle.output(adapted, oracle.inputs(adapted)))
+        if library is multigraft:
+            taken = adapted.prompt_encoder["default"].layers
+            assert {index: size for index, (_, size) in taken.items()} == layers
+    torch.testing.assert_close(*outputs)
+
+
+def test_layers_that_keep_no_keys_take_no_prefix():
+    config = transformers.Qwen3NextConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_experts=2,
+        num_experts_per_tok=1, moe_intermediate_size=8, shared_expert_intermediate_size=8,
+        layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+    base = oracle.build(lambda: transformers.Qwen3NextForCausalLM(config))
+    with pytest.raises(UnsupportedError, match=r"keep something else \(linear_attention\)"):
+        multigraft.get_peft_model(base, oracle.our_config(pairs.METHODS["prefix"]))

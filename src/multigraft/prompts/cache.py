@@ -21,6 +21,9 @@ from multigraft.prompts.call import Call, extend_mask, held, make_room
 from multigraft.prompts.config import is_encoder_decoder, tell
 from multigraft.prompts.contract import Context
 
+ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+"""Kinds of layers, as transformers' configs call them, that keep keys and values."""
+
 
 def put_cache(context: Context, model: nn.Module, call: Call, repeats: int = 1) -> None:
     """The prefix in ``past_key_values``, and room for it in the mask and the positions.
@@ -74,11 +77,16 @@ def empty_cache(model: nn.Module) -> Any:
 
 
 def filled_cache(context: Context, model: nn.Module, batch: int, cache: Any = None) -> Any:
-    """A cache (the given empty one, or a new one) with the prefix of each layer in it."""
+    """A cache (the given empty one, or a new one) with the prefix of each layer in it.
+
+    Layers with narrower keys than the prefix take its first part.
+    """
     cache = empty_cache(model) if cache is None else cache
     own = getattr(cache, "self_attention_cache", cache)
     for index, (keys, values) in enumerate(keys_and_values(context, model, batch)):
-        own.update(keys, values, index)
+        if index in context.layers:
+            heads, size = context.layers[index]
+            own.update(keys[:, :heads, :, :size], values[:, :heads, :, :size], index)
     return cache
 
 
@@ -103,25 +111,26 @@ def check_takes_cache(name: str, model: nn.Module) -> None:
 
 
 def key_shape(name: str, model: nn.Module) -> tuple[int, int] | None:
-    """(heads, size of one) of the model's keys, as far as its config tells.
+    """(heads, size of one) of the model's keys, as far as its config tells; of the widest ones.
 
     Raises:
-        UnsupportedError: they differ from layer to layer, or are not what the cache holds.
+        UnsupportedError: its cache holds something else.
     """
-    layers = tell(model, "per_layer_config") or ()
-    shapes = {
-        (getattr(x, "num_key_value_heads", None), getattr(x, "head_dim", None)) for x in layers
-    }
-    if len(shapes) > 1:
+    kinds = set(tell(model, "layer_types") or ()) - ATTENTION
+    if kinds:
         raise UnsupportedError(
-            f"{name} has one shape of keys for all layers, and those of {type(model).__name__} "
-            f"differ ({sorted(map(str, shapes))})."
+            f"{name} gives keys and values to every layer, and {type(model).__name__} has layers "
+            f"that keep something else ({', '.join(sorted(kinds))}). Prompt tuning and p-tuning "
+            "do without."
         )
     if tell(model, "kv_lora_rank"):
         raise UnsupportedError(
             f"{name} gives keys and values, and {type(model).__name__} keeps them in a compressed "
             "form (latent attention). Prompt tuning and p-tuning do without."
         )
+    shapes = layer_shapes(model)
+    if len(set(shapes)) > 1:
+        return max(shapes, key=lambda shape: shape[1])
     queries = tell(model, "num_attention_heads", "n_head", "num_heads")
     if is_encoder_decoder(model):
         queries = tell(model, "decoder_attention_heads") or queries
@@ -133,6 +142,31 @@ def key_shape(name: str, model: nn.Module) -> tuple[int, int] | None:
     width = tell(model, "hidden_size", "n_embd", "d_model")
     size = tell(model, "head_dim", "d_kv") or (width // queries if width else None)
     return (int(heads), int(size)) if size else None
+
+
+def layers_with_prefix(config: Any, model: nn.Module) -> dict[int, tuple[int, int]]:
+    """(heads, size of one) of the keys of each layer that takes the prefix, by the layer's index.
+
+    The prefix is as wide as the widest keys. Layers with more heads than those have none, as in
+    PEFT, nor have those that read another layer's keys.
+    """
+    own = config.num_attention_heads, config.token_dim // config.num_attention_heads
+    shapes, shared = layer_shapes(model), list(tell(model, "kv_sharing_modes") or ())
+    if len(set(shapes)) < 2:
+        shapes = [own] * config.num_layers
+    reads_another = [mode == "reuse" for mode in shared] or [False] * config.num_layers
+    return {
+        index: shape
+        for index, (shape, is_reader) in enumerate(zip(shapes, reads_another, strict=False))
+        if shape[0] <= own[0] and not is_reader
+    }
+
+
+def layer_shapes(model: nn.Module) -> list[tuple[int, int]]:
+    """(heads, size of one) of the keys of each layer, where the config tells it layer by layer."""
+    layers = tell(model, "per_layer_config") or ()
+    told = [(getattr(x, "num_key_value_heads", 0), getattr(x, "head_dim", 0)) for x in layers]
+    return [(int(heads), int(size)) for heads, size in told if heads and size]
 
 
 def _rows(context: Context, call: Call) -> int:

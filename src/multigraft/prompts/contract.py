@@ -12,6 +12,7 @@ once per kind (`multigraft.prompts.call`), and who acts is the roster's to say.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
@@ -45,6 +46,8 @@ class Context(nn.Module):
 
     name: ClassVar[str]
     kind: ClassVar[Literal["tokens", "cache", "attention"]]
+    layers: Mapping[int, tuple[int, int]] = MappingProxyType({})
+    """Kind cache: (heads, size of one) of the keys of each layer that takes the prefix."""
 
     def __init__(self, config: Any, model: nn.Module) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from multigraft.config import PeftType, check_choice
-from multigraft.prompts.cache import check_takes_cache, key_shape
+from multigraft.prompts.cache import check_takes_cache, key_shape, layers_with_prefix
 from multigraft.prompts.config import (
     PromptLearningConfig,
     complete_sizes,
@@ -59,6 +59,7 @@ class PrefixTuning(Table):
 
     def __init__(self, config: PrefixTuningConfig, model: nn.Module) -> None:
         super().__init__(config, model)
+        self.layers = layers_with_prefix(config, model)
         rows, width = self.shape(config)
         if not config.prefix_projection or config.inference_mode:
             self.embedding = nn.Embedding(rows, width)
