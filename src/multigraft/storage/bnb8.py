@@ -57,11 +57,13 @@ class Bnb8(Storage):
     def give_back(self, layer: nn.Module, kept: Any, name: str = "weight") -> None:
         weight, owner = _weight(layer, name), _owner(layer, name)
         CB, SCB = kept
-        # In place: the layer's `state.CB` and the weight's data are one memory.
+        # In place: the layer's `state.CB` and the weight's data are one memory, until the model
+        # moves; then bitsandbytes leaves the state where it was.
         weight.data = refill(weight.data, CB)
         owner.SCB = refill(owner.SCB, SCB.to(owner.SCB.dtype))
         if owner.CB is not None:
-            owner.CB = weight.data
+            is_beside = owner.CB.device == weight.device
+            owner.CB = weight.data if is_beside else refill(owner.CB, CB)
 
 
 def _weight(layer: nn.Module, name: str) -> Any:
@@ -76,7 +78,7 @@ def _owner(layer: nn.Module, name: str) -> Any:
 
 
 def _dequantise(CB: Tensor, SCB: Tensor) -> Tensor:
-    return CB.float() * (SCB.float() / 127.0)[:, None]
+    return CB.float() * (SCB.to(CB.device).float() / 127.0)[:, None]
 
 
 STORAGES.register("bitsandbytes.nn.modules.Int8Params")(Bnb8())
