@@ -384,10 +384,10 @@ def inject_adapter_in_model(
             f"{config.peft_type} changes what the model is given, at a handle around it: there is "
             "nothing to inject. Use get_peft_model()."
         )
-    if state_dict is not None and isinstance(config, TargetedConfig):
+    named = getattr(config, "target_parameters", None)  # a file's keys do not hold their names
+    if state_dict is not None and isinstance(config, TargetedConfig) and not named:
         known = {path for spot in survey(base) for path in spot.paths}
-        prefix = METHODS[str(config.peft_type)].prefix
-        config.target_modules = sites_in(state_dict, prefix, known)
+        config.target_modules = sites_in(state_dict, METHODS[str(config.peft_type)].prefix, known)
     Tuner(base).add_adapter(
         adapter_name,
         config,

@@ -13,7 +13,7 @@ from torch import nn
 import multigraft
 from multigraft import LoraConfig, MultigraftWarning, RoutingError, TargetError, get_peft_model
 from tests.bases.attentions import MODELS, Attending, X, adapted, dense, encoder, weights
-from tests.bases.nets import both, fill, gradients, loaded, seeded, wrappers
+from tests.bases.nets import Stacked, both, fill, gradients, loaded, seeded, wrappers
 from tests.laws import fingerprint
 
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -137,6 +137,20 @@ def test_a_bias_of_the_low_rank_path_acts_where_the_layer_has_one() -> None:
                         "out_proj.bias" if leaf == "self_attn" else "bias"
                     ).zero_()
     assert not torch.allclose(model(X), y)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("maker", [Attending, Stacked])
+def test_compiling_needs_one_graph(maker: Any) -> None:
+    named = [] if maker is Attending else ["up", "down", "mix"]
+    config = LoraConfig(target_modules="all-linear", target_parameters=named or None, r=2)
+    model = get_peft_model(seeded(maker), config)
+    fill(model)
+    x = X if maker is Attending else X[0, :, :6]
+    y = model(x)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")(x)
+    torch.testing.assert_close(compiled, y)
+    assert compiled.requires_grad
 
 
 # -- what is refused, or said ------------------------------------------------------------------

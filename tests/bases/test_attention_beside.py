@@ -8,11 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from multigraft import AdaptedLayer, LoraConfig, get_peft_model
+from multigraft import (
+    AdaptedLayer,
+    LoraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+)
 from multigraft.config import CONFIGS
 from multigraft.methods import METHODS
 from tests.bases.attentions import Attending, X, adapted, dense, encoder, weights
-from tests.bases.nets import fill, seeded, wrappers
+from tests.bases.nets import Stacked, fill, seeded, wrappers
 from tests.laws import adapted_paths, assert_side_by_side, bits_of, fingerprint
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -143,3 +149,45 @@ def test_a_scaling_changes_both_matrices_of_an_attention() -> None:
     layer.unscale_layer()
     layer.scaling["default"] = 0.0
     torch.testing.assert_close(model(X), seeded(Attending)(X))
+
+
+def test_a_trained_copy_of_the_experts_stands_beside_another_adapters_update() -> None:
+    x = torch.linspace(-2, 2, 24).view(4, 6)
+    base = seeded(Stacked)
+    copied = LoraConfig(target_modules=["before"], modules_to_save=["experts"])
+    model = get_peft_model(base, copied, "copy")
+    named = LoraConfig(target_modules=[], target_parameters=["experts.up"], r=2)
+    model.add_adapter("lora", named)
+    fill(model, "copy"), fill(model, "lora", seed=4)
+    expected = copy.deepcopy(model).merge_and_unload()
+    model.set_adapter("lora")
+    with torch.no_grad():
+        change = base.experts.up - base.experts.base_layer.up
+        expected.experts.up += change
+    model.base_model.set_adapter(["copy", "lora"])
+    torch.testing.assert_close(model(x), expected(x))
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), expected(x))
+
+
+def test_dora_acts_on_a_plain_matrix() -> None:
+    x = torch.linspace(-2, 2, 24).view(4, 6)
+    config = LoraConfig(target_modules=[], target_parameters=["experts.mix"], use_dora=True)
+    model = get_peft_model(seeded(Stacked), config)
+    torch.testing.assert_close(model(x), seeded(Stacked)(x))
+    fill(model)
+    y = model(x)
+    assert not torch.allclose(y, seeded(Stacked)(x))
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), y)
+
+
+def test_a_state_dict_chooses_modules_but_the_config_names_parameters() -> None:
+    model = adapted(Attending, ["attn"])
+    state = get_peft_model_state_dict(model)
+    base = inject_adapter_in_model(LoraConfig(r=2), seeded(Attending), state_dict=state)
+    assert adapted_paths(base) == ["attn"]
+    named = LoraConfig(target_modules=[], target_parameters=["experts.up", "experts.down"])
+    state = get_peft_model_state_dict(get_peft_model(seeded(Stacked), named))
+    base = inject_adapter_in_model(named, seeded(Stacked), state_dict=state)
+    assert adapted_paths(base) == ["experts"]
