@@ -1,0 +1,148 @@
+"""Rows about files: what is written, what is read, and what is said of what does not fit."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import torch
+from safetensors.torch import load_file
+
+from multigraft import CheckpointError
+from tests.docs.comparison import (
+    CONFIG,
+    WEIGHTS,
+    Raises,
+    graft,
+    layers,
+    llama,
+    load,
+    net,
+    row,
+    saved,
+)
+
+
+def first(tensors):
+    return sorted(tensors)[0]
+
+
+@row("a file that lacks tensors", peft=True, ours=Raises(CheckpointError, "missing from the file"))
+def _(library, folder):
+    return bool(load(library, saved(folder, lambda t: t.pop(first(t)))))
+
+
+@row("a file with tensors that the model has no place for", peft=True, ours=Raises(CheckpointError))
+def _(library, folder):
+    extra = {"base_model.model.extra.lora_A.weight": torch.zeros(2, 8)}
+    return bool(load(library, saved(folder, lambda t: t.update(extra))))
+
+
+@row("a file with NaN", peft=True, ours=Raises(CheckpointError, "NaN or infinity"))
+def _(library, folder):
+    return bool(load(library, saved(folder, lambda t: t[first(t)].fill_(float("nan")))))
+
+
+@row("a file with a tensor of another shape", peft=Raises(RuntimeError), ours=["b"])
+def _(library, folder):
+    saved(folder, lambda t: t.update({first(t): torch.zeros(3, 3)}))
+    model = graft(library, name="b")
+    try:
+        model.load_adapter(folder, "c")
+    except CheckpointError:
+        return list(model.peft_config)
+
+
+@row("what `load_adapter` returns", peft="_IncompatibleKeys", ours="LoadReport")
+def _(library, folder):
+    return type(graft(library).load_adapter(saved(folder), "b")).__name__
+
+
+@row("`set_peft_model_state_dict` with missing tensors", peft=True, ours=Raises(CheckpointError))
+def _(library, folder):
+    model = graft(library)
+    state = dict(library.get_peft_model_state_dict(model, adapter_name="a"))
+    del state[first(state)]
+    return bool(library.set_peft_model_state_dict(model, state, adapter_name="a"))
+
+
+@row("`load_adapter` over an adapter", peft=1.0, ours=32.0)
+def _(library, folder):
+    model = graft(library, name="default", lora_alpha=2)
+    model.load_adapter(saved(folder, lora_alpha=64), "default")
+    return layers(model)[0].scaling["default"]
+
+
+@row("keys of a config that the version does not know", peft=False, ours=True)
+def _(library, folder):
+    path = saved(folder / "old") / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"new_option": 3}))
+    load(library, folder / "old").save_pretrained(folder / "new")
+    return "new_option" in json.loads((folder / "new" / CONFIG).read_text())
+
+
+@row("a misspelt option of `from_pretrained`", peft=True, ours=Raises(CheckpointError, "'revison'"))
+def _(library, folder):
+    return bool(load(library, saved(folder), revison="main"))
+
+
+@row("a folder that holds one adapter in a subfolder", peft=Raises(ValueError), ours=["default"])
+def _(library, folder):
+    graft(library, name="dates").save_pretrained(folder)
+    return list(load(library, folder).peft_config)
+
+
+@row("a base model other than the one trained on", peft=False, ours=True)
+def _(library, folder):
+    one, two = llama(), llama()
+    one.name_or_path, two.name_or_path = "org/one", "org/two"
+    graft(library, ["q_proj"], "default", one).save_pretrained(folder)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        load(library, folder, two)
+    return any("org/one" in str(warning.message) for warning in told)
+
+
+@row("`safe_serialization=False`", peft=True, ours=Raises(CheckpointError, "safetensors only"))
+def _(library, folder):
+    graft(library, name="default").save_pretrained(folder, safe_serialization=False)
+    return (folder / "adapter_model.bin").is_file()
+
+
+@row("`adapter_model.bin`", peft=True, ours=Raises(CheckpointError, "allow_pickle=True"))
+def _(library, folder):
+    saved(folder)
+    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+    return bool(load(library, folder))
+
+
+@row('`save_embedding_layers="auto"`', peft=1, ours=0)
+def _(library, folder):
+    graft(library, ["embed_tokens"], "default", llama()).save_pretrained(folder)
+    return len([key for key in load_file(folder / WEIGHTS) if "base_layer" in key])
+
+
+@row('`"all-linear"` in files', peft="blocks.0.down", ours="down")
+def _(library, folder):
+    graft(library, name="default").save_pretrained(folder)
+    return min(json.loads((folder / CONFIG).read_text())["target_modules"])
+
+
+@row("a compiled base", peft=True, ours=False)
+def _(library, folder):
+    base = torch.compile(net(), backend="eager")
+    graft(library, ["up"], "default", base).save_pretrained(folder)
+    return any("_orig_mod" in key for key in load_file(folder / WEIGHTS))
+
+
+@row("a `README.md` in the folder", peft=False, ours=True)
+def _(library, folder):
+    (folder / "README.md").write_text("mine\n")
+    graft(library).save_pretrained(folder)
+    return (folder / "README.md").read_text() == "mine\n"
+
+
+@row("`push_to_hub`", peft=True, ours=False)
+def _(library, folder):
+    return hasattr(library.PeftModel, "push_to_hub")
