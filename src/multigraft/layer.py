@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from multigraft.bank import bank_of, pair
 from multigraft.containers import AdapterDict, hold
 from multigraft.effective import effective, held, touched
 from multigraft.errors import NestingError, RoutingError, StateError
@@ -181,7 +182,13 @@ class AdaptedLayer(LayerFacade, nn.Module):
         x = route.spread(x)
         groups = [(a, rows) for a, rows in route.groups(x, self) if a in self.grafts]
         base = y = self.base_layer(x, *args, **kwargs)
+        together = self._together([adapter for adapter, _ in groups])
+        if together:
+            bank = bank_of(route, id(self), together, x.dtype)
+            y = bank.add(y, x, route.grouping(x, tuple(together)))
         for adapter, rows in groups:
+            if adapter in together:
+                continue
             plan = Plan.of(self.grafts[adapter], self.is_read)
             part = x.index_select(0, rows)
             if not plan.is_additive:
@@ -198,6 +205,16 @@ class AdaptedLayer(LayerFacade, nn.Module):
                 own = graft.add(own, part, self.training, base.index_select(0, rows))
             y = y.index_add(0, rows, own)
         return y
+
+    def _together(self, adapters: Sequence[str]) -> dict[str, tuple[Tensor, Tensor, float]]:
+        """Those of the adapters that are one low-rank pair here, with it."""
+        pairs = {}
+        for adapter in adapters:
+            grafts = self.grafts[adapter]
+            found = pair(grafts[0], self.training) if len(grafts) == 1 else None
+            if found is not None:
+                pairs[adapter] = found
+        return pairs
 
     def _rebound(self, plan: Plan, layer: nn.Module) -> dict[str, Tensor]:
         """The layer's tensors with the changes that these grafts make, relative to the base's own.

@@ -25,6 +25,7 @@ from multigraft.prepare import own_copy
 from multigraft.prompts.facade import PromptFacade
 from multigraft.roster import Roster
 from multigraft.routing import Route, check_names
+from multigraft.schedule import penalised
 from multigraft.state import embedding_weights
 from multigraft.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from multigraft.storage import parameter_counts
@@ -129,7 +130,7 @@ class PeftModel(PromptFacade, nn.Module):
         """
         with self._route(adapter_names, args, kwargs):
             args, kwargs = self._in_context(args, kwargs)
-            return self.get_base_model()(*args, **kwargs)
+            return penalised(self.roster, self.get_base_model()(*args, **kwargs))
 
     def generate(
         self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
@@ -142,6 +143,17 @@ class PeftModel(PromptFacade, nn.Module):
         with self._route(adapter_names, args, kwargs, repeats):
             args, kwargs = self._generating(args, kwargs, repeats)
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+
+    @contextmanager
+    def mixed_batch(self, adapter_names: Sequence[str]) -> Iterator[None]:
+        """Every call in the block is row by row with these adapters; what they share is made once.
+
+        For loops of one's own over `forward`; values of adapters must not change inside the block.
+        Names and errors are `forward`'s.
+        """
+        check_names(adapter_names, None, self.roster)
+        with self.roster.routed(Route(list(adapter_names), 1, None)):
+            yield
 
     def _route(
         self, names: Sequence[str] | None, args: Any, kwargs: Mapping[str, Any], repeats: int = 1

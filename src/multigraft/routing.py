@@ -6,7 +6,7 @@ The model owns the route; layers read it. Row indices are made once per device, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,6 +19,22 @@ if TYPE_CHECKING:
 
 BASE = "__base__"
 """Stands for rows that no adapter acts on."""
+
+
+class Grouping(NamedTuple):
+    """Rows by adapter, as tensors.
+
+    Args:
+        slots: (adapters, places), row indices; an adapter with fewer rows repeats its first.
+        valid: (adapters, places), 1.0 where the place is a row of its own, else 0.0.
+        one_hot: (rows, adapters), 1.0 where the row is the adapter's.
+        in_order: whether the slots count up from zero to the last row.
+    """
+
+    slots: Tensor
+    valid: Tensor
+    one_hot: Tensor
+    in_order: bool
 
 
 class Route:
@@ -41,6 +57,9 @@ class Route:
             if name != BASE:
                 self._rows.setdefault(name, []).append(row)
         self._indices: dict[tuple[torch.device, int], list[tuple[str, Tensor]]] = {}
+        self.banks: dict[int, Any] = {}
+        """What layers keep for the length of the route: see `multigraft.bank`."""
+        self._groupings: dict[tuple[torch.device, int, tuple[str, ...]], Grouping] = {}
 
     def groups(self, x: Tensor, layer: AdaptedLayer) -> list[tuple[str, Tensor]]:
         """Pairs of adapter and row indices into ``x``'s first axis.
@@ -66,6 +85,38 @@ class Route:
             ]
             self._indices[key] = found
         return found
+
+    def grouping(self, x: Tensor, adapters: tuple[str, ...]) -> Grouping:
+        """The rows of these adapters, as the routed operators take them.
+
+        Args:
+            x: a layer's input that `groups` has accepted.
+        """
+        key = (x.device, x.shape[0], adapters)
+        if key not in self._groupings:
+            self._groupings[key] = self._grouped(x, adapters)
+        return self._groupings[key]
+
+    def _grouped(self, x: Tensor, adapters: tuple[str, ...]) -> Grouping:
+        per_row = x.shape[0] // len(self.names)
+        rows = [
+            [row * per_row + k for row in self._rows[name] for k in range(per_row)]
+            for name in adapters
+        ]
+        places = max(len(own) for own in rows)
+        slots = [own + own[:1] * (places - len(own)) for own in rows]
+        valid = [[1.0] * len(own) + [0.0] * (places - len(own)) for own in rows]
+        one_hot = torch.zeros(x.shape[0], len(adapters))
+        for index, own in enumerate(rows):
+            one_hot[own, index] = 1.0
+        in_order = [i for own in rows for i in own] == list(range(x.shape[0]))
+        in_order = in_order and all(len(own) == places for own in rows)
+        return Grouping(
+            torch.tensor(slots, device=x.device),
+            torch.tensor(valid, device=x.device),
+            one_hot.to(x.device),
+            in_order,
+        )
 
     def spread(self, x: Tensor) -> Tensor:
         """An input that all rows share (positions, say) as one row per row of the batch."""

@@ -35,6 +35,8 @@ class Geometry:
     """How one kind of layer is shaped; ``in_``/``out`` are sizes of the matrix it stands for."""
 
     name: ClassVar[str]
+    is_matmul: ClassVar[bool] = False
+    """Whether `project` and `lift` are products with A and B over the last axis."""
     is_linear: ClassVar[bool] = False
     """Whether ``target_modules="all-linear"`` includes this kind of layer."""
     is_transposed: ClassVar[bool] = False

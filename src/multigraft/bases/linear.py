@@ -15,6 +15,7 @@ class Linear(Geometry):
 
     name = "linear"
     is_linear = True
+    is_matmul = True
 
     def sizes(self, layer: nn.Module) -> tuple[int, int]:
         return int(layer.in_features), int(layer.out_features)  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """Low-rank operators on plain tensors. This package imports nothing else of ours."""
 
 from multigraft.kernels.low_rank import low_rank_add
+from multigraft.kernels.routed import grouped, masked
 
-__all__ = ["low_rank_add"]
+__all__ = ["grouped", "low_rank_add", "masked"]

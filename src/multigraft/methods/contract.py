@@ -13,8 +13,8 @@ It writes no merge, dispatch, cast, device move or state-dict key: those exist o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,18 @@ class TensorSpec(NamedTuple):
     saved: bool = True
     on_disk: str | None = None
     dtype: torch.dtype | None = None
+
+
+class Schedule(Protocol):
+    """What changes an adapter in training besides the optimiser; it may keep state of its own."""
+
+    def update(self, step: int, sites: Mapping[str, Params]) -> None:
+        """What is due after a backward pass, before its gradients are dropped.
+
+        Args:
+            step: the number of the training step, from 1.
+            sites: the adapter's tensors by its sites' paths.
+        """
 
 
 class Method:
@@ -113,6 +125,16 @@ class Method:
         """Initial values of `shared_specs`, made once per adapter, on the CPU."""
         return {}
 
+    @classmethod
+    def schedule(cls, config: Any) -> Schedule | None:
+        """What changes an adapter in training besides the optimiser, or None."""
+        return None
+
+    @classmethod
+    def penalty(cls, config: Any, sites: Iterable[Params]) -> Tensor | None:
+        """What an adapter that trains adds to the model's loss, a scalar, or None."""
+        return None
+
     def tensors(self) -> dict[str, TensorSpec]:
         """Names, as in PEFT's files, to what must be made at this site."""
         raise NotImplementedError(f"{type(self).__name__} must define `tensors`")
@@ -120,6 +142,14 @@ class Method:
     def reset(self, params: Params) -> None:
         """Fill freshly allocated tensors in place with the initial values."""
         raise NotImplementedError(f"{type(self).__name__} must define `reset`")
+
+    def packed(self, name: str, tensor: Tensor) -> Tensor:
+        """What goes into the file of a tensor in memory; all of it unless overridden."""
+        return tensor
+
+    def unpacked(self, name: str, value: Tensor, tensor: Tensor) -> Tensor:
+        """The inverse: the file's ``value`` as it is in memory, where ``tensor`` is now."""
+        return value
 
     def apply(self, params: Params, x: Tensor) -> Tensor:
         """Additive: what this adapter adds to the base layer's output for the input ``x``.
@@ -165,6 +195,14 @@ class Method:
         """A bias ``(out,)`` in the shape that broadcasts over the layer's output."""
         trailing = -1 - self.geometry.feature_axis(self.site.layer)
         return bias.reshape(-1, *(1,) * trailing)
+
+    def low_rank(self, params: Params) -> tuple[Tensor, Tensor, float] | None:
+        """Additive: (A, B, scale) when `apply` is exactly that pair; such adapters run together.
+
+        Returns:
+            A (rank, in), B (out, rank) and the scale; None when there is more to it.
+        """
+        return None
 
     def delta(self, params: Params, W: Tensor | None = None) -> Tensor:
         """Additive: ΔW in the weight's layout. ``W`` is given when `needs_weight`, densely."""

@@ -240,6 +240,11 @@ class LoRA(Method):
             self.site.layer, y, x, A.to(dtype), B.to(dtype), self.scaling
         )
 
+    def low_rank(self, params: Params) -> tuple[Tensor, Tensor, float] | None:
+        if self.variant is not None or self.bias:
+            return None
+        return params[self.A], params[self.B], self.scaling
+
     def delta(self, params: Params, W: Tensor | None = None) -> Tensor:
         if self.variant is not None:
             assert W is not None
