@@ -23,6 +23,7 @@ from multigraft.errors import (
 )
 from multigraft.kbit import prepare_model_for_kbit_training
 from multigraft.layer import AdaptedLayer
+from multigraft.methods.adalora import AdaLoraConfig
 from multigraft.methods.hira import HiraConfig
 from multigraft.methods.ia3 import IA3Config
 from multigraft.methods.ln_tuning import LNTuningConfig
@@ -53,6 +54,7 @@ from multigraft.tuner import inject_adapter_in_model
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaLoraConfig",
     "AdaptedLayer",
     "AdapterNameError",
     "AdaptionPromptConfig",

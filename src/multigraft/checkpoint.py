@@ -88,20 +88,26 @@ def compare(
 
 
 def adapter_state(
-    roster: Roster, adapter: str, gathered: Mapping[str, Tensor] | None = None
+    roster: Roster,
+    adapter: str,
+    gathered: Mapping[str, Tensor] | None = None,
+    *,
+    packed: bool = True,
 ) -> dict[str, Tensor]:
     """An adapter's own tensors by key on disk, relative to the base model.
 
     Args:
         gathered: a state dict of the base model to take the values from (sharded training).
+        packed: as the file has them, where that is less than what is in memory.
     """
     state = {}
     for layer in roster.layers[adapter]:
         for key, graft, name in saved_tensors(layer, adapter):
             if gathered is not None and memory_name(graft, name) in gathered:
-                state[key] = gathered[memory_name(graft, name)]
+                value = gathered[memory_name(graft, name)]
             else:
-                state[key] = graft.params[name]
+                value = graft.params[name]
+            state[key] = graft.method.packed(name, value) if packed else value
     context = roster.context_of(adapter)
     return state if context is None else state | context.saved()
 
@@ -256,7 +262,7 @@ def _card(config: PeftConfig) -> str:
 
 
 def _require_values(key: str, tensor: Tensor) -> None:
-    if tensor.is_meta or tensor.numel() == 0:
+    if tensor.is_meta or tuple(tensor.shape) == (0,):  # a site of rank 0 has another shape
         raise CheckpointError(
             f"`{key}` holds no values (shape {tuple(tensor.shape)} on {tensor.device}): sharded or "
             "meta tensors must be gathered before saving; pass the full state_dict=."

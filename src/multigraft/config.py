@@ -235,6 +235,9 @@ class TargetedConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
 
+    site_patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
+    """Fields, where there are such, that hold exceptions per site by regular expressions."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.target_modules = name_list("target_modules", self.target_modules)

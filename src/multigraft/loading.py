@@ -100,7 +100,8 @@ def _overwrite(
     Whether it is active and whether it trains stay as they were.
     """
     roster, adapter = tuner.roster, prepared.adapter
-    current = {k: tuple(t.shape) for k, t in checkpoint.adapter_state(roster, adapter).items()}
+    held = checkpoint.adapter_state(roster, adapter, packed=False)
+    current = {key: tuple(tensor.shape) for key, tensor in held.items()}
     context = roster.context_of(adapter)
     is_other = type(context) is not (prepared.context or type(None))
     if is_other or (context and not context.is_flat) or current != prepared.expected():

@@ -20,6 +20,7 @@ from multigraft.graft import Graft
 from multigraft.layer import AdaptedLayer
 from multigraft.prompts import Context
 from multigraft.requantisation import Loss
+from multigraft.methods import Schedule
 from multigraft.routing import Route
 
 _LIVE: WeakKeyDictionary[nn.Module, ref[Roster]] = WeakKeyDictionary()
@@ -48,6 +49,8 @@ class Roster:
         """Adapters that were thawed here and not frozen since."""
         self.merged_layers: dict[AdaptedLayer, None] = {}
         """Layers that something is merged into; each notes itself."""
+        self.schedules: dict[str, Schedule] = {}
+        """What changes adapters in training besides the optimiser, since its first step."""
         self.hidden: list[Any] = []
         """Merged values that are out of the base while adapters are disabled."""
         self.losses: dict[str, Loss] = {}

@@ -359,7 +359,7 @@ def _biases(
 
 
 def _check_patterns(config: TargetedConfig, paths: list[str], lenient: bool) -> None:
-    for field in ("rank_pattern", "alpha_pattern"):
+    for field in config.site_patterns:
         patterns = getattr(config, field, None) or {}
         unused = [k for k in patterns if not any(matching_pattern({k: 0}, p) for p in paths)]
         if unused:

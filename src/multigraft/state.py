@@ -118,10 +118,13 @@ def write(
             f"adapter `{adapter}` is merged into the base; its tensors cannot be replaced there. "
             "Call unmerge_adapter() first."
         )
-    context = roster.context_of(adapter)
+    values, context = dict(values), roster.context_of(adapter)
     slots = context.slots() if context is not None else {}
     for layer in roster.layers[adapter]:
-        slots |= {k: graft.owners[name] for k, graft, name in saved_tensors(layer, adapter)}
+        for key, graft, name in saved_tensors(layer, adapter):
+            slots[key] = graft.owners[name]
+            if key in values:
+                values[key] = graft.method.unpacked(name, values[key], graft.params[name])
     undo: list[tuple[Slot, Tensor, Tensor]] = []
     try:
         for key, slot in slots.items():

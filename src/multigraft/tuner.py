@@ -25,11 +25,12 @@ from multigraft.prompts import CONTEXTS
 from multigraft.requantisation import Loss
 from multigraft.roster import Roster
 from multigraft.storage import let_gradients_through
+from multigraft.schedule import StepByStep, penalised
 from multigraft.survey import survey
 from multigraft.wrap import attach, detach, roster_of
 
 
-class Tuner(nn.Module):
+class Tuner(StepByStep, nn.Module):
     """Adapters on ``model``, in place. Two tuners of one model share its roster.
 
     Args:
@@ -46,7 +47,7 @@ class Tuner(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward, with whatever adapters act."""
-        return self.model(*args, **kwargs)
+        return penalised(self.roster, self.model(*args, **kwargs))
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:

@@ -106,6 +106,7 @@ def exchange(
         raise
     for layer, plan in zip(touched, plans, strict=True):
         layer.plan = plan
+    roster.schedules.pop(adapter, None)
     roster.configs[adapter] = config
     roster.layers[adapter] = layers
     _unwrap(roster.root, [x for x in before if not x.grafts])
@@ -115,6 +116,7 @@ def detach(roster: Roster, adapter: str) -> None:
     """Take one adapter out; layers that are left without any give way to their base layer."""
     roster.configs.pop(adapter)
     roster.trainable.pop(adapter, None)
+    roster.schedules.pop(adapter, None)
     roster.let_go(adapter)
     layers = roster.layers.pop(adapter)
     for layer in layers:

@@ -41,11 +41,14 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "VERA": [{"r": 8, "d_initial": 0.1}],
     "LN_TUNING": [{}],
     "TRAINABLE_TOKENS": [{"token_indices": [1, 3, 7]}],
+    "TOKEN_ADAPTER": [
+        {"trainable_token_indices": {TARGET: [1, 3, 7]}, "target_modules": ["other"]}
+    ],
     "ADALORA": [{"total_step": 10, "init_r": 4, "target_r": 2}],
 }
 """Options by method, beside ``target_modules``; one run of the suite for each."""
 
-OWN_CONFIG = {"BIAS": "LORA", "SAVED_MODULE": "LORA"}
+OWN_CONFIG = {"BIAS": "LORA", "SAVED_MODULE": "LORA", "TOKEN_ADAPTER": "LORA"}
 """Methods that ride on another's config."""
 
 

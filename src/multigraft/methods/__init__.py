@@ -1,6 +1,7 @@
 """Methods: one file each. The import list is explicit and sorted."""
 
 from multigraft.methods import (
+    adalora,
     bias,
     hira,
     ia3,
@@ -13,12 +14,14 @@ from multigraft.methods import (
     trainable_tokens,
     vera,
 )
-from multigraft.methods.contract import METHODS, Method, TensorSpec, method
+from multigraft.methods.contract import METHODS, Method, Schedule, TensorSpec, method
 
 __all__ = [
     "METHODS",
     "Method",
+    "Schedule",
     "TensorSpec",
+    "adalora",
     "bias",
     "hira",
     "ia3",
