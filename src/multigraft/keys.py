@@ -41,9 +41,12 @@ def disk_names(site: Site, name: str, config: PeftConfig | None = None) -> str:
     if name.startswith("base_model."):
         return name
     key = f"{site.disk}.{name}"
-    if config is not None and config.is_prompt_learning:
-        return strip_prefix(f"base_model.{key}")
-    return key
+    return key if config is None else placed(key, config)
+
+
+def placed(key: str, config: PeftConfig) -> str:
+    """Where a key of the base lies in an adapter's file; see `disk_names` on prompt learning."""
+    return strip_prefix(f"base_model.{key}") if config.is_prompt_learning else key
 
 
 def saved_tensors(layer: AdaptedLayer, adapter: str) -> Iterator[tuple[str, Graft, str]]:

@@ -11,9 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from multigraft import checkpoint
-from multigraft.config import CONFIG_NAME, PeftConfig, TargetedConfig
+from multigraft.config import CONFIG_NAME, PeftConfig
 from multigraft.containers import check_name
 from multigraft.errors import CheckpointError, MultigraftWarning, StateError
+from multigraft.keys import placed
 from multigraft.prepare import Prepared, own_copy, prepare
 from multigraft.state import drop_base_tensors, write
 from multigraft.survey import Spot, survey
@@ -133,15 +134,16 @@ def _name_what_was_saved(
     There ``classifier`` also means ``pre_classifier``; here a name is a whole path component. The
     file tells: it holds every tensor of such a module.
     """
-    if not isinstance(config, TargetedConfig) or not config.modules_to_save:
+    saved = getattr(config, "modules_to_save", None)
+    if not saved:
         return
-    names, spots = tuple(config.modules_to_save), survey(model)
+    names, spots = tuple(saved), survey(model)
     for spot in spots:
         is_named = f".{spot.path}".endswith(tuple(f".{name}" for name in names))
         if spot.path.endswith(names) and not is_named:
-            own = _parameters_of(spot, spots)
+            own = {placed(key, config) for key in _parameters_of(spot, spots)}
             if own and own <= tensors.keys():
-                config.modules_to_save.append(spot.path)
+                saved.append(spot.path)
 
 
 def _parameters_of(spot: Spot, spots: Sequence[Spot]) -> set[str]:

@@ -121,3 +121,19 @@ def _gradients(model: Any) -> dict[str, torch.Tensor]:
                 name = name.removeprefix(prefix)
             found[name.removeprefix("model.").replace("_orig", "")] = parameter.grad
     return found
+
+
+def test_a_file_holds_what_peft_saved_for_the_end_of_its_name_alone(tmp_path):
+    # To PEFT, "classifier" also means distilbert's "pre_classifier".
+    sizes = {"token_dim": 16, "num_attention_heads": 2, "num_layers": 2}
+    options = {**pairs.METHODS["prompt"], "task_type": "SEQ_CLS", **sizes}
+    other = peft.get_peft_model(
+        oracle.build(oracle.distilbert_classifier), oracle.peft_config(options)
+    ).eval()
+    other.save_pretrained(tmp_path)
+    assert "base_model.pre_classifier.weight" in load_file(tmp_path / "adapter_model.safetensors")
+    base = oracle.build(oracle.distilbert_classifier)
+    read = multigraft.PeftModel.from_pretrained(base, tmp_path).eval()
+    assert "pre_classifier" in read.active_peft_config.modules_to_save
+    batch = oracle.inputs(read)
+    torch.testing.assert_close(oracle.output(read, batch), oracle.output(other, batch))
