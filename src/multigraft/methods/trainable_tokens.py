@@ -137,7 +137,7 @@ class TokenAdapter(TokenRows):
         if not isinstance(wanted, Mapping):
             return wanted
         path = f".{(self.site.tied or self.site).path}"
-        return next(tokens for name, tokens in wanted.items() if path.endswith(f".{name}"))
+        return next((t for name, t in wanted.items() if path.endswith(f".{name}")), [])
 
     def tensors(self) -> dict[str, TensorSpec]:
         (rows,) = super().tensors().values()
