@@ -7,8 +7,10 @@
 `case.dtype` is what inputs take. `case.error` bounds ``‖read(write(W)) - W‖ / ‖W‖`` for normal
 values; 0.0 is exact. `case.lossy` says that the format is quantised (its ``is_exact`` is False),
 `case.merges` that the weight can be written, `case.convolves` that `build` takes an `nn.Conv2d` as
-well. Sizes are multiples of 32, and of 64 where a 4-bit layer is evaluated. `EXACT`, `LOSSY` and
-`REFUSED` list names by what a merge does.
+well. `EXACT`, `LOSSY` and `REFUSED` list names by what a merge does.
+
+Sizes are multiples of 32; the input's of 64 for 4-bit layers: with others bitsandbytes 0.50 on the
+CPU dequantises wrongly (its forward too), and fails in evaluation where it packs weights.
 """
 
 from __future__ import annotations
