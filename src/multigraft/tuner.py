@@ -24,8 +24,8 @@ from multigraft.prepare import Prepared, own_copy, prepare
 from multigraft.prompts import CONTEXTS
 from multigraft.requantisation import Loss
 from multigraft.roster import Roster
-from multigraft.storage import let_gradients_through
 from multigraft.schedule import StepByStep, penalised
+from multigraft.storage import let_gradients_through
 from multigraft.survey import survey
 from multigraft.wrap import attach, detach, roster_of
 
