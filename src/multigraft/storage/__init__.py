@@ -64,7 +64,8 @@ def let_gradients_through(model: nn.Module) -> None:
     In evaluation a format may lay its weights out in a way that has no backward.
     """
     for module in model.modules():
-        if module._parameters.get("weight") is not None:
+        weight = module._parameters.get("weight")
+        if weight is not None and type(weight) is not nn.Parameter:  # plain ones, the many, are
             storage_of(module).make_differentiable(module)
 
 
