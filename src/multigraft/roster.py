@@ -18,9 +18,9 @@ from multigraft.containers import AdapterDict
 from multigraft.errors import AdapterNameError, RoutingError, StateError, did_you_mean
 from multigraft.graft import Graft
 from multigraft.layer import AdaptedLayer
+from multigraft.methods import Schedule
 from multigraft.prompts import Context
 from multigraft.requantisation import Loss
-from multigraft.methods import Schedule
 from multigraft.routing import Route
 
 _LIVE: WeakKeyDictionary[nn.Module, ref[Roster]] = WeakKeyDictionary()
