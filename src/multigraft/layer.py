@@ -24,6 +24,7 @@ from multigraft.containers import AdapterDict, hold
 from multigraft.effective import effective, held, touched
 from multigraft.errors import NestingError, RoutingError, StateError
 from multigraft.facade import LayerFacade
+from multigraft.fused import fused
 from multigraft.graft import Graft
 from multigraft.storage import storage_of
 
@@ -158,6 +159,10 @@ class AdaptedLayer(LayerFacade, nn.Module):
         return first
 
     def _run(self, plan: Plan, x: Tensor, args: Any, kwargs: Any) -> Any:
+        if plan.is_additive and plan.deltas and not (args or kwargs):
+            whole = fused(plan.deltas, x, self.training)
+            if whole is not None:
+                return whole
         seen = x
         for graft in plan.inputs:
             seen = graft.method.input(graft.params, seen)

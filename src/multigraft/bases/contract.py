@@ -7,7 +7,7 @@ laid out (Conv1D stores it transposed, an embedding is a lookup); no method ever
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,13 @@ class Geometry:
         update = self.lift(layer, self.project(layer, x, A), B)
         return y + (update * scale).to(y.dtype)
 
+    def frozen_matrix(self, layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+        """``(W, bias)`` when the layer's call is ``x Wᵀ + bias`` and nothing more; else None.
+
+        W is ``(out, in)``. Nothing more: no hook would see the call, and neither takes gradients.
+        """
+        return None
+
     def run(self, layer: nn.Module, x: Tensor, W: Tensor) -> Tensor:
         """The layer's arithmetic for input ``x`` with ``W`` (in its layout) and without a bias."""
         raise NotImplementedError(f"{type(self).__name__} must define `run`")
@@ -114,6 +121,10 @@ class Geometry:
     def product(self, layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
         """``B A`` in the layout and shape of the layer's weight."""
         raise NotImplementedError(f"{type(self).__name__} must define `product`")
+
+    def matrices(self, layer: nn.Module, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Two matrices whose product is `product`, where the weight is a matrix; else None."""
+        return None
 
     def add_product(
         self, layer: nn.Module, W: Tensor, A: Tensor, B: Tensor, scale: float
@@ -150,6 +161,25 @@ class Geometry:
         It is the input's, so that the small factors are cast and never the activations.
         """
         return x.dtype if x.is_floating_point() else A.dtype
+
+
+def plain_call(layer: nn.Module, forward: Callable[..., Tensor]) -> tuple[Tensor, Any] | None:
+    """The layer's own weight and bias when a call would run ``forward`` and nothing else."""
+    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+    if (
+        type(weight) is not nn.Parameter
+        or weight.requires_grad
+        or type(layer).forward is not forward
+        or "forward" in layer.__dict__
+        or layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or (bias is not None and (type(bias) is not nn.Parameter or bias.requires_grad))
+        or torch.nn.modules.module._has_any_global_hook()
+    ):
+        return None
+    return weight, bias
 
 
 GEOMETRIES: TypeRegistry[Geometry] = TypeRegistry("geometry")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multigraft import kernels
-from multigraft.bases.contract import GEOMETRIES, Geometry
+from multigraft.bases.contract import GEOMETRIES, Geometry, plain_call
 
 
 class Linear(Geometry):
@@ -31,6 +31,9 @@ class Linear(Geometry):
     ) -> Tensor:
         return kernels.low_rank_add(y, x, A, B, scale)
 
+    def frozen_matrix(self, layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+        return plain_call(layer, nn.Linear.forward)
+
     def run(self, layer: nn.Module, x: Tensor, W: Tensor) -> Tensor:
         return F.linear(x, W)
 
@@ -43,6 +46,9 @@ class Linear(Geometry):
     def product(self, layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
         return B @ A
 
+    def matrices(self, layer: nn.Module, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor] | None:
+        return B, A
+
 
 class TransposedLinear(Linear):
     """A linear layer whose weight is stored ``(in, out)``."""
@@ -54,11 +60,18 @@ class TransposedLinear(Linear):
         in_, out = layer.weight.shape  # type: ignore[misc]
         return int(in_), int(out)
 
+    def frozen_matrix(self, layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+        found = plain_call(layer, type(layer).forward) if self.understands(layer) else None
+        return None if found is None else (found[0].T, found[1])
+
     def run(self, layer: nn.Module, x: Tensor, W: Tensor) -> Tensor:
         return F.linear(x, W.T)
 
     def product(self, layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
         return torch.mm(A.T, B.T)
+
+    def matrices(self, layer: nn.Module, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor] | None:
+        return A.T, B.T
 
     def as_matrix(self, layer: nn.Module, W: Tensor) -> Tensor:
         return W.T

@@ -1,0 +1,42 @@
+"""Base layer and low-rank adapters in one node, where a layer and its adapters allow it.
+
+Everything else runs part by part in `AdaptedLayer._run`, with the same result to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from multigraft import kernels
+from multigraft.bank import pair
+from multigraft.graft import Graft
+
+
+def fused(grafts: Sequence[Graft], x: Tensor, training: bool) -> Tensor | None:
+    """The base layer's output plus what these adapters add, or None where parts must run alone.
+
+    Args:
+        grafts: at least one, all of one site.
+        x: the base layer's input, ``(..., in)``.
+    """
+    site = grafts[0].site
+    if site.geometry is None or torch.is_autocast_enabled(x.device.type):
+        return None
+    base = site.geometry.frozen_matrix(site.layer)
+    if base is None or base[0].dtype != x.dtype:
+        return None
+    W, bias = base
+    pairs = [pair(graft, training) for graft in grafts]
+    whole = [found for found in pairs if found is not None]
+    if len(whole) < len(pairs):
+        return None
+    if len(whole) == 1:
+        A, B, scale = whole[0]
+        return kernels.adapted_linear(x, W, bias, A, B, scale)
+    As, Bs, scales = zip(*whole, strict=True)
+    columns = [scale for A, scale in zip(As, scales, strict=True) for _ in range(A.shape[0])]
+    wide = torch.tensor(columns, dtype=x.dtype, device=x.device)
+    return kernels.adapted_linear(x, W, bias, torch.cat(As), torch.cat(Bs, dim=1), wide)
