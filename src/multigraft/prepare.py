@@ -235,7 +235,8 @@ def _resolve_targets(
     chosen = [need.spot for need in main if need.site.parameter is None]
     if not chosen and getattr(config, "target_parameters", None):
         return
-    usual = default_targets(model) if config.target_modules is None else None
+    table = METHODS[str(config.peft_type)].default_targets
+    usual = default_targets(model, table) if config.target_modules is None else None
     if isinstance(usual, list):
         config.target_modules = list(usual)
     elif config.exclude_modules or config.layers_to_transform is not None:

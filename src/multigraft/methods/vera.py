@@ -20,8 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multigraft.config import PeftType, TargetedConfig, require
+from multigraft.defaults import LORA_TARGETS, Targets
 from multigraft.methods.contract import Method, Params, TensorSpec, method
 from multigraft.site import Site
+
+TARGETS: Targets = {**LORA_TARGETS, "phi": ["q_proj", "v_proj"]}
 
 
 @dataclass
@@ -65,6 +68,7 @@ class VeRA(Method):
     """Two trained vectors around two random projections."""
 
     prefix = "vera_"
+    default_targets = TARGETS
 
     def __init__(self, site: Site, config: VeraConfig) -> None:
         super().__init__(site, config)
