@@ -141,7 +141,7 @@ class PeftModel(PromptFacade, nn.Module):
         for option in ("num_beams", "num_return_sequences"):
             repeats = max(repeats, kwargs.get(option) or getattr(config, option, None) or 1)
         with self._route(adapter_names, args, kwargs, repeats):
-            args, kwargs = self._generating(args, kwargs, repeats)
+            args, kwargs = self._generating(args, kwargs)
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 
     @contextmanager

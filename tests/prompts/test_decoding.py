@@ -64,6 +64,12 @@ def test_returned_sequences_and_beams_are_rows_of_their_own(method):
         **GREEDY,
     )  # fmt: skip
     assert torch.equal(beams[3:], one)
+    config = transformers.GenerationConfig(
+        max_new_tokens=4, num_beams=4, num_return_sequences=3, do_sample=False, pad_token_id=0
+    )
+    config.eos_token_id = None
+    by_config = adapted.generate(batch["input_ids"], config, eos_token_id=None)
+    assert torch.equal(by_config, beams)
 
 
 @pytest.mark.parametrize("method", ["prompt", "prefix", "adaption"])

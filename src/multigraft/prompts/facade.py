@@ -80,9 +80,9 @@ class PromptFacade:
         return (), with_context(context, self.get_base_model(), args, kwargs)
 
     @torch.no_grad()
-    def _generating(self, args: tuple[Any, ...], kwargs: dict[str, Any], repeats: int) -> Arguments:
+    def _generating(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """The arguments of ``generate``, with the active context in them."""
         context = self.roster.acting_context()
         if context is None:
             return args, kwargs
-        return (), for_generation(context, self.get_base_model(), args, kwargs, repeats)
+        return (), for_generation(context, self.get_base_model(), args, kwargs)

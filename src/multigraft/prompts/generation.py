@@ -26,18 +26,14 @@ from multigraft.prompts.call import (
 from multigraft.prompts.config import is_encoder_decoder
 from multigraft.prompts.contract import Context
 
+ROWS = ("num_beams", "num_return_sequences")
+"""Options that let several rows stand for each of the user's."""
+
 
 def for_generation(
-    context: Context,
-    model: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    repeats: int,
+    context: Context, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Call:
     """The arguments of ``model.generate`` with the context in them.
-
-    Args:
-        repeats: how many rows stand for each of the user's (beams, returned sequences).
 
     Raises:
         StateError: the call goes on from a filled cache, which has a context of its own.
@@ -53,7 +49,8 @@ def for_generation(
     if call.get("attention_mask") is None and call.get("input_ids") is not None:
         call["attention_mask"] = inferred_mask(model, call)
     if context.kind == "cache":
-        put_cache(context, model, call, repeats)
+        beams, returned = (_option(model, call, name) or 1 for name in ROWS)
+        put_cache(context, model, call, max(beams, returned))
         return call
     if is_encoder_decoder(model):
         put_before_encoder(context, model, call)
