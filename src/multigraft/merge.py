@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from multigraft.graft import Graft
 from multigraft.layer import AdaptedLayer
 from multigraft.requantisation import Loss, report
 from multigraft.roster import Roster
+from multigraft.rowwise import add_products, products
 from multigraft.storage import FOREIGN, Slot, slot_of
 
 
@@ -196,19 +198,19 @@ def _write(
     losses = []
     for name, held in before.items():
         slot = slot_of(layer.base_layer, name)
-        if name in layer.kept:
-            own = slot.read_kept(layer.kept[name])
-            value = merged_value(layer, grafts, name, own)
-        else:
-            own = slot.read()
-            value = merged_value(layer, fresh, name, own)
-        if safe and not torch.isfinite(value).all():
-            raise MergeError(
-                f"{layer.path}: merging {[g.adapter for g in fresh]} gives NaN or infinity in "
-                f"`{name}`; nothing was merged. Check the adapter's tensors."
-            )
+        is_kept = name in layer.kept
+        own = slot.read_kept(layer.kept[name]) if is_kept else slot.read()
+        who = grafts if is_kept else fresh
         if keep_original:
             layer.kept.setdefault(name, held)
+        check = partial(_require_finite, layer, fresh, name) if safe else None
+        into, changes = slot.in_place(), products([g for g in who if name in touched(g)], name)
+        if into is not None and changes is not None:
+            add_products(own, into, changes, check)
+            continue
+        value = merged_value(layer, who, name, own)
+        if check is not None:
+            check(value)
         slot.write(value)
         losses += _measure(layer, name, slot, own, value)
     if not all(loss.is_finite for loss in losses):
@@ -219,6 +221,14 @@ def _write(
     layer.merged_grafts = grafts
     layer.replan()
     return losses
+
+
+def _require_finite(layer: AdaptedLayer, fresh: Sequence[Graft], name: str, value: Tensor) -> None:
+    if not torch.isfinite(value).all():
+        raise MergeError(
+            f"{layer.path}: merging {[g.adapter for g in fresh]} gives NaN or infinity in "
+            f"`{name}`; nothing was merged. Check the adapter's tensors."
+        )
 
 
 def _check(layer: AdaptedLayer, grafts: Sequence[Graft], keep_original: bool) -> None:

@@ -67,6 +67,9 @@ class Embedding(Geometry):
     def product(self, layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
         return (B @ A).T
 
+    def matrices(self, layer: nn.Module, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor] | None:
+        return A.T, B.T
+
     def as_matrix(self, layer: nn.Module, W: Tensor) -> Tensor:
         return W.T
 

@@ -54,6 +54,10 @@ class Storage:
         """
         raise NotImplementedError(f"{type(self).__name__} must define `write`")
 
+    def in_place(self, layer: nn.Module, name: str = "weight") -> Tensor | None:
+        """The tensor itself, where storing is nothing but copying into it; it can go by parts."""
+        return None
+
     def keep(self, layer: nn.Module, name: str = "weight") -> Any:
         """Everything that `give_back` needs to restore the stored bits."""
         raise NotImplementedError(f"{type(self).__name__} must define `keep`")

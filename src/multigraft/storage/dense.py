@@ -64,6 +64,12 @@ class Dense(Storage):
                     )
             tensor.copy_(value)
 
+    def in_place(self, layer: nn.Module, name: str = "weight") -> Tensor | None:
+        tensor = _tensor(layer, name).detach()
+        # Narrow ones are checked as a whole first; a subclass may store something else than values.
+        is_plain = type(tensor) is Tensor and tensor.dtype in (torch.bfloat16, torch.float32)
+        return tensor if is_plain and type(self).write is Dense.write else None
+
     def keep(self, layer: nn.Module, name: str = "weight") -> Any:
         return _tensor(layer, name).detach().clone()
 

@@ -42,6 +42,10 @@ class Slot:
         """Store ``value``, rounded to the format."""
         self.storage.write(self.layer, value, self.name)
 
+    def in_place(self) -> Tensor | None:
+        """The tensor itself, where storing is nothing but copying into it."""
+        return self.storage.in_place(self.layer, self.name)
+
     def keep(self) -> Any:
         """What restores the stored bits."""
         return self.storage.keep(self.layer, self.name)
