@@ -1,0 +1,35 @@
+"""The tree of errors, and the hints that they give."""
+
+from __future__ import annotations
+
+import pytest
+
+import multigraft
+from multigraft import errors
+from multigraft.errors import MultigraftError, did_you_mean, there_are
+
+ALL = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, MultigraftError)]
+
+
+@pytest.mark.parametrize("error", [e for e in ALL if e is not MultigraftError])
+def test_every_error_is_one_of_ours_and_one_of_pythons(error: type[Exception]) -> None:
+    assert issubclass(error, MultigraftError)
+    assert issubclass(error, (ValueError, RuntimeError, ImportError, TypeError))
+
+
+@pytest.mark.parametrize("error", ALL)
+def test_every_error_is_public_and_drawn_in_the_tree(error: type[Exception]) -> None:
+    assert getattr(multigraft, error.__name__) is error
+    assert error.__name__ in (errors.__doc__ or "")
+
+
+def test_the_nearest_names_are_given_best_first_and_few() -> None:
+    assert did_you_mean("v_porj", ["q_proj", "v_proj", "head"]).startswith(" Nearest: `v_proj`")
+    assert did_you_mean("x", [f"xx{i}" for i in range(9)]).count("`") == 6
+    assert did_you_mean("zzz", ["head"]) == ""
+
+
+def test_what_there_is_is_given_sorted_and_cut() -> None:
+    assert there_are(["b", "a", "b"]) == " There are: `a`, `b`."
+    assert there_are([f"m{i}" for i in range(30)], limit=2).startswith(" There are: `m0`, `m1`")
+    assert "`m2`" not in there_are([f"m{i}" for i in range(30)], limit=2)
