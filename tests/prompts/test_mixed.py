@@ -203,3 +203,12 @@ def test_task_heads_of_both_cannot_stand_in_at_once():
         adapted.set_adapter(["c", "l"])
     for name in ("c", "l"):
         assert with_active(adapted, name, batch).shape == (3, 3)
+
+
+def test_all_linear_finds_no_layer_of_a_prompts_network():
+    config = LoraConfig(target_modules="all-linear", r=2)
+    alone = multigraft.get_peft_model(oracle.build(oracle.llama), config, "l")
+    beside = pairs.ours("p_tuning", "llama")
+    beside.add_adapter("l", config)
+    assert oracle.our_sites(beside, "l") == oracle.our_sites(alone, "l")
+    assert not any("lora" in name for name, _ in beside.prompt_encoder.named_parameters())
