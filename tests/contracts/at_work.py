@@ -1,0 +1,96 @@
+"""A pair at work: its model with adapters, what it is given, and how near it must come."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import multigraft
+from multigraft import PeftModel
+from multigraft.config import CONFIGS
+from multigraft.graft import Graft
+from multigraft.methods import METHODS
+from tests.contracts.pairs import STORAGES, TARGET, Pair, Subject
+from tests.laws import bits_of
+
+
+def attach(pair: Pair, *adapters: str, subject: Subject | None = None) -> PeftModel:
+    """The pair's model with these adapters, each with values of its own, the first one active."""
+    subject = subject if subject is not None else exact(pair, pair.subject())
+    model = None
+    for index, name in enumerate(adapters or ("a",)):
+        config = CONFIGS[pair.peft_type](**pair.kwargs())
+        torch.manual_seed(10 + index)
+        if model is None:
+            model = multigraft.get_peft_model(
+                subject, config, name, autocast_adapter_dtype=not is_plain(pair)
+            )
+        else:
+            model.add_adapter(name, config, autocast_adapter_dtype=not is_plain(pair))
+        fill(model, name, seed=20 + index)
+    assert model is not None
+    return model.eval()
+
+
+def fill(model: PeftModel, adapter: str, seed: int) -> None:
+    """Move every trainable value of an adapter away from where it began."""
+    source = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, graft in model.roster.grafts(adapter):
+            for tensor in graft.parameters():
+                tensor += 0.1 * torch.randn(tensor.shape, generator=source).to(tensor.dtype)
+
+
+def is_plain(pair: Pair) -> bool:
+    """Whether the storage holds any dtype as it is, so that laws can be tried in float64."""
+    return pair.storage == "float32"
+
+
+def exact(pair: Pair, subject: Subject) -> Subject:
+    """In float64 where the storage allows it."""
+    return subject.double() if is_plain(pair) else subject
+
+
+def batch(pair: Pair) -> Tensor:
+    """The pair's input, in float64 where the storage allows it."""
+    x = pair.input()
+    return x.double() if is_plain(pair) and x.is_floating_point() else x
+
+
+def tolerance(pair: Pair) -> float:
+    """Relative difference that rounding explains."""
+    return 1e-9 if is_plain(pair) else 16 * pair.rounding
+
+
+def grafts(model: PeftModel, pair: Pair, adapter: str = "a") -> list[Graft]:
+    """The grafts of the method under test."""
+    found = [g for _, g in model.roster.grafts(adapter) if g.method.name == pair.method]
+    assert found, f"{pair}: the config attached no {pair.method}"
+    return found
+
+
+def assert_near(found: Tensor, expected: Tensor, rel: float) -> None:
+    """Equal up to ``rel`` of the expected tensor's norm."""
+    assert found.shape == expected.shape
+    off = (found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)
+    assert off <= rel, f"relative difference {off:.3g}, allowed {rel:.3g}"
+
+
+def base_bits(model: PeftModel) -> dict[str, bytes]:
+    """Bits of every tensor of the layer under test."""
+    layer = model.get_base_model().get_submodule(TARGET).base_layer
+    return {n: bits_of(t) for n, t in layer.state_dict().items() if isinstance(t, Tensor)}
+
+
+def mergeable(pair: Pair) -> bool:
+    return METHODS[pair.method].mergeable and STORAGES[pair.storage].merges
+
+
+def replaces(pair: Pair) -> bool:
+    """Whether merging takes over a module's own tensors, whatever its weight is stored as."""
+    return METHODS[pair.method].kind == "replace"
+
+
+def has_exact_gradients(pair: Pair) -> bool:
+    """What the method's instance at this site claims."""
+    return grafts(attach(pair), pair)[0].method.has_exact_gradients
