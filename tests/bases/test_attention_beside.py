@@ -1,4 +1,4 @@
-"""Several adapters, and methods other than LoRA, on one attention."""
+"""Several adapters, and methods other than LoRA, on layers whose tensors are read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from multigraft import (
 from multigraft.config import CONFIGS
 from multigraft.methods import METHODS
 from tests.bases.attentions import Attending, X, adapted, dense, encoder, weights
-from tests.bases.nets import Stacked, fill, seeded, wrappers
+from tests.bases.nets import Stacked, both, fill, gradients, ids, mixtral, seeded, wrappers
 from tests.laws import adapted_paths, assert_side_by_side, bits_of, fingerprint
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -191,3 +191,15 @@ def test_a_state_dict_chooses_modules_but_the_config_names_parameters() -> None:
     state = get_peft_model_state_dict(get_peft_model(seeded(Stacked), named))
     base = inject_adapter_in_model(named, seeded(Stacked), state_dict=state)
     assert adapted_paths(base) == ["experts"]
+
+
+def test_recomputing_in_the_backward_pass_sees_the_adapted_experts() -> None:
+    given = {"target_modules": [], "target_parameters": ["experts.gate_up_proj"], "r": 2}
+    model, _ = both(mixtral, given)
+    plain = {k: g.clone() for k, g in gradients(model, model.train()(**ids())[0]).items()}
+    model.zero_grad()
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    again = gradients(model, model(**ids())[0])
+    assert again.keys() == plain.keys()
+    for key, grad in again.items():
+        torch.testing.assert_close(grad, plain[key], msg=key)
