@@ -36,7 +36,7 @@ def quickstart(
 ) -> None:
     """Train three adapters side by side on the small model in the package, and check the result.
 
-    Nothing is fetched. It takes about two minutes on two CPU cores, and exits with 1 if one of the
+    Nothing is fetched. It takes about a minute on two CPU cores, and exits with 1 if one of the
     promises that it ends with is broken.
 
     Example: `multigraft quickstart --output my-adapters`
