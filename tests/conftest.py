@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples on every machine, however busy it is.
+settings.register_profile("multigraft", deadline=None, derandomize=True)
+settings.load_profile("multigraft")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -9,73 +9,89 @@ never be older than their values. In training it is made anew, and gradients flo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from multigraft import kernels
 from multigraft.graft import Graft
-from multigraft.routing import Grouping, Route
+from multigraft.routing import Grouping
 
 FEW_TOKENS = 512
 """Up to so many rows times tokens, a GPU is faster with one wide product than with many."""
 
+Pair = tuple[Tensor, Tensor, float]
+Frozen = tuple[Tensor, Tensor | None]
 
-class Bank(NamedTuple):
-    """Stacked pairs."""
 
-    A: Tensor
-    B: Tensor
-    scale: Tensor
+class Bank:
+    """Stacked pairs.
 
-    def add(self, y: Tensor, x: Tensor, grouping: Grouping) -> Tensor:
+    Args:
+        pairs: (A, B, scale) of each adapter; at least one.
+        dtype: what they are cast to.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], dtype: torch.dtype) -> None:
+        rank = max(A.shape[0] for A, _, _ in pairs)
+        self.A = torch.stack([_padded(A, rank) for A, _, _ in pairs]).to(dtype)
+        self.B = torch.stack([_padded(B.T, rank) for _, B, _ in pairs]).to(dtype)
+        self.scale = scales(tuple(scale for _, _, scale in pairs), dtype, self.A.device)
+        self._masks: dict[int, Tensor] = {}
+
+    def run(self, x: Tensor, frozen: Frozen | None, grouping: Grouping) -> Tensor | None:
+        """The base layer's output and each row's own contribution in one node, where that helps.
+
+        Args:
+            x: (rows, ..., in).
+            frozen: the base layer's weight and bias, if its call is nothing more than them.
+        """
+        if frozen is None or not grouping.in_order or self.is_few(x):
+            return None
+        return kernels.grouped_linear(x, *frozen, self.A, self.B, self.scale)
+
+    def add(self, y: Tensor, x: Tensor, grouping: Grouping, in_place: bool) -> Tensor:
         """``y`` plus each row's own contribution.
 
         Args:
             y, x: (rows, ..., out) and (rows, ..., in).
+            in_place: whether ``y`` may be written to.
         """
-        tokens = x.numel() // x.shape[-1]
-        if x.is_cuda and tokens <= FEW_TOKENS:
-            rank = self.A.shape[1]
-            mask = (grouping.one_hot * self.scale).to(x.dtype).repeat_interleave(rank, dim=1)
-            return kernels.masked(y, x, self.A, self.B, mask)
-        scale = (grouping.valid * self.scale[:, None]).to(x.dtype)
+        if self.is_few(x):
+            return kernels.masked(y, x, self.A, self.B, self._mask(grouping), in_place)
+        scale = grouping.valid.to(self.scale) * self.scale[:, None]
         return kernels.grouped(y, x, self.A, self.B, scale, grouping.slots, grouping.in_order)
 
+    def is_few(self, x: Tensor) -> bool:
+        """Whether there are so few tokens that launches cost more than products."""
+        return x.is_cuda and x.numel() <= FEW_TOKENS * x.shape[-1]
 
-def pair(graft: Graft, training: bool) -> tuple[Tensor, Tensor, float] | None:
+    def _mask(self, grouping: Grouping) -> Tensor:
+        rows = grouping.one_hot.shape[0]
+        if rows not in self._masks:
+            mask = grouping.one_hot.to(self.scale) * self.scale
+            self._masks[rows] = mask.repeat_interleave(self.A.shape[1], dim=1)
+        return self._masks[rows]
+
+
+def pair(graft: Graft, training: bool) -> Pair | None:
     """(A, B, scale) when this graft adds exactly ``scale · (x Aᵀ) Bᵀ`` to the layer's output."""
     method = graft.method
     geometry = method.site.geometry
-    if geometry is None or not geometry.is_matmul or graft.site.parameter is not None:
+    if geometry is None or not geometry.is_matmul or method.site.parameter is not None:
         return None
     if training and (method.dropout or method.rank_dropout or method.module_dropout):
         return None
     return method.low_rank(graft.params)
 
 
-def bank_of(
-    route: Route, key: int, pairs: Mapping[str, tuple[Tensor, Tensor, float]], dtype: torch.dtype
-) -> Bank:
-    """The bank of these adapters' pairs at the layer that ``key`` identifies."""
-    found: Bank | None = route.banks.get(key)
-    if found is not None and found.A.dtype == dtype and not torch.is_grad_enabled():
-        return found
-    bank = _stack(list(pairs.values()), dtype)
-    if not bank.A.requires_grad and not bank.B.requires_grad:
-        route.banks[key] = bank
-    return bank
-
-
-def _stack(pairs: Sequence[tuple[Tensor, Tensor, float]], dtype: torch.dtype) -> Bank:
-    rank = max(A.shape[0] for A, _, _ in pairs)
-    return Bank(
-        torch.stack([_padded(A, rank).to(dtype) for A, _, _ in pairs]),
-        torch.stack([_padded(B.T, rank).to(dtype) for _, B, _ in pairs]),
-        torch.tensor([scale for _, _, scale in pairs], device=pairs[0][0].device),
-    )
+@lru_cache(maxsize=256)
+def scales(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """These numbers as a tensor, made once: each copy to a device would wait for it."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _padded(factor: Tensor, rank: int) -> Tensor:

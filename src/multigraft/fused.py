@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from multigraft import kernels
-from multigraft.bank import pair
+from multigraft.bank import pair, scales
 from multigraft.graft import Graft
 
 
@@ -36,7 +36,7 @@ def fused(grafts: Sequence[Graft], x: Tensor, training: bool) -> Tensor | None:
     if len(whole) == 1:
         A, B, scale = whole[0]
         return kernels.adapted_linear(x, W, bias, A, B, scale)
-    As, Bs, scales = zip(*whole, strict=True)
-    columns = [scale for A, scale in zip(As, scales, strict=True) for _ in range(A.shape[0])]
-    wide = torch.tensor(columns, dtype=x.dtype, device=x.device)
+    As, Bs, values = zip(*whole, strict=True)
+    columns = [value for A, value in zip(As, values, strict=True) for _ in range(A.shape[0])]
+    wide = scales(tuple(columns), x.dtype, x.device)
     return kernels.adapted_linear(x, W, bias, torch.cat(As), torch.cat(Bs, dim=1), wide)

@@ -19,18 +19,17 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from multigraft.bank import bank_of, pair
 from multigraft.containers import AdapterDict, hold
 from multigraft.effective import effective, held, touched
 from multigraft.errors import NestingError, RoutingError, StateError
 from multigraft.facade import LayerFacade
 from multigraft.fused import fused
 from multigraft.graft import Graft
+from multigraft.mixed import run_rows
 from multigraft.storage import storage_of
 
 if TYPE_CHECKING:
     from multigraft.roster import Roster
-    from multigraft.routing import Route
 
 
 @dataclass(frozen=True)
@@ -144,8 +143,8 @@ class AdaptedLayer(LayerFacade, nn.Module):
         x, more = args[0], args[1:]
         route = self.roster.route
         if route is not None:
-            return self._routed(route, x, more, kwargs)
-        return self._run(self.plan, x, more, kwargs)
+            return run_rows(self, route, x, more, kwargs)
+        return self.run(self.plan, x, more, kwargs)
 
     def _input_name(self, kwargs: Mapping[str, Any]) -> str:
         """The name of the base layer's input, when it is given by name.
@@ -158,7 +157,8 @@ class AdaptedLayer(LayerFacade, nn.Module):
             raise TypeError(f"{self.path}: the layer's first argument (`{first}`) is missing.")
         return first
 
-    def _run(self, plan: Plan, x: Tensor, args: Any, kwargs: Any) -> Any:
+    def run(self, plan: Plan, x: Tensor, args: Any, kwargs: Any) -> Any:
+        """The layer's output for ``x`` by this plan."""
         if plan.is_additive and plan.deltas and not (args or kwargs):
             whole = fused(plan.deltas, x, self.training)
             if whole is not None:
@@ -182,44 +182,9 @@ class AdaptedLayer(LayerFacade, nn.Module):
             y = graft.add(y, x, self.training, base)
         return y
 
-    def _routed(self, route: Route, x: Tensor, args: Any, kwargs: Any) -> Any:
-        """Each row with its own adapter: the base once, then each group of rows on its own."""
-        x = route.spread(x)
-        groups = [(a, rows) for a, rows in route.groups(x, self) if a in self.grafts]
-        base = y = self.base_layer(x, *args, **kwargs)
-        together = self._together([adapter for adapter, _ in groups])
-        if together:
-            bank = bank_of(route, id(self), together, x.dtype)
-            y = bank.add(y, x, route.grouping(x, tuple(together)))
-        for adapter, rows in groups:
-            if adapter in together:
-                continue
-            plan = Plan.of(self.grafts[adapter], self.is_read)
-            part = x.index_select(0, rows)
-            if not plan.is_additive:
-                if any(isinstance(more, Tensor) for more in (*args, *kwargs.values())):
-                    raise RoutingError(
-                        f"{self.path} takes several tensors, and adapter `{adapter}` changes more "
-                        "than its output: which of their rows belong together is not known. Run "
-                        "the rows of each adapter in a batch of their own."
-                    )
-                y = y.index_copy(0, rows, self._run(plan, part, args, kwargs).to(y.dtype))
-                continue
-            own = y.new_zeros((len(rows), *y.shape[1:]))
-            for graft in plan.deltas:
-                own = graft.add(own, part, self.training, base.index_select(0, rows))
-            y = y.index_add(0, rows, own)
-        return y
-
-    def _together(self, adapters: Sequence[str]) -> dict[str, tuple[Tensor, Tensor, float]]:
-        """Those of the adapters that are one low-rank pair here, with it."""
-        pairs = {}
-        for adapter in adapters:
-            grafts = self.grafts[adapter]
-            found = pair(grafts[0], self.training) if len(grafts) == 1 else None
-            if found is not None:
-                pairs[adapter] = found
-        return pairs
+    def plan_of(self, adapter: str) -> Plan:
+        """The plan in which this adapter acts alone."""
+        return Plan.of(self.grafts[adapter], self.is_read)
 
     def _rebound(self, plan: Plan, layer: nn.Module) -> dict[str, Tensor]:
         """The layer's tensors with the changes that these grafts make, relative to the base's own.

@@ -57,8 +57,8 @@ class Route:
             if name != BASE:
                 self._rows.setdefault(name, []).append(row)
         self._indices: dict[tuple[torch.device, int], list[tuple[str, Tensor]]] = {}
-        self.banks: dict[int, Any] = {}
-        """What layers keep for the length of the route: see `multigraft.bank`."""
+        self.companies: dict[int, Any] = {}
+        """What layers keep for the length of the route: see `multigraft.mixed`."""
         self._groupings: dict[tuple[torch.device, int, tuple[str, ...]], Grouping] = {}
 
     def groups(self, x: Tensor, layer: AdaptedLayer) -> list[tuple[str, Tensor]]:
