@@ -228,6 +228,40 @@ class AgreesWithPeft:
         return tensors_at(folder / "ours"), tensors_at(folder / "theirs")
 
 
+class DropsLikePeft(AgreesWithPeft):
+    """For methods whose dropout draws the same numbers from a seed in both libraries."""
+
+    dropping: ClassVar[Mapping[str, Case]]
+    """Cases with dropout, which are tried in training."""
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        super().pytest_generate_tests(metafunc)
+        if "drops" in metafunc.fixturenames:
+            metafunc.parametrize("drops", self.dropping.values(), ids=list(self.dropping))
+
+    def test_dropout_in_training_agrees_under_a_seed(self, drops: Case) -> None:
+        ours, theirs = self.both(drops)
+        x = drops.model().batch()
+        whole = ours(x)
+        ours.train(), theirs.train()
+        outputs = set()
+        for seed in range(4):
+            torch.manual_seed(seed)
+            own = ours(x)
+            torch.manual_seed(seed)
+            near(own, theirs(x), f"seed {seed}")
+            outputs.add(own.detach().numpy().tobytes())
+        assert len(outputs) > 1, "nothing is dropped"
+        ours.eval()
+        assert torch.equal(ours(x), whole)
+
+    def test_nothing_is_dropped_in_merging_in_training(self, drops: Case) -> None:
+        ours, _ = self.both(drops)
+        x = drops.model().batch()
+        whole = ours(x)
+        near(ours.train().merge_and_unload().eval()(x), whole)
+
+
 class StartsLikePeft(AgreesWithPeft):
     """For methods whose initial values follow from the seed in both libraries alike."""
 

@@ -16,7 +16,7 @@ import multigraft
 from multigraft import AdaLoraConfig, ConfigError, StateError, get_peft_model
 from multigraft.schedule import StepHook, trainer_callback
 from tests import oracle
-from tests.methods.against_peft import Case, StartsLikePeft, config_at, tensors_at
+from tests.methods.against_peft import Case, DropsLikePeft, StartsLikePeft, config_at, tensors_at
 from tests.oracle import Pair, build, output, quiet
 
 TRAINED = {
@@ -35,7 +35,7 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 RANKS = {"init_r": 4, "target_r": 2, "total_step": 10, "lora_alpha": 6}
 
 
-class TestAdaLora(StartsLikePeft):
+class TestAdaLora(DropsLikePeft, StartsLikePeft):
     kind = "AdaLoraConfig"
     only_theirs = ".ranknum."  # thawed by loading a state dict
     cases: ClassVar = {
@@ -47,6 +47,10 @@ class TestAdaLora(StartsLikePeft):
         "alpha below zero": Case("linear", RANKS | {"lora_alpha": -1}),
         "dropout in evaluation": Case("linear", RANKS | {"lora_dropout": 0.5}),
         "random start": Case("linear", RANKS | {"init_lora_weights": False}),
+    }
+    dropping: ClassVar = {
+        "input": Case("linear", RANKS | {"lora_dropout": 0.5}),
+        "input of a conv2d": Case("conv2d", RANKS | {"lora_dropout": 0.5}),
     }
 
 

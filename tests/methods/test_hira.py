@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import ClassVar
 
 from multigraft import HiraConfig, get_peft_model
-from tests.methods.against_peft import LAYERS, Case, StartsLikePeft
+from tests.methods.against_peft import LAYERS, Case, DropsLikePeft, StartsLikePeft
 
 R = {"r": 3}
 
 
-class TestHira(StartsLikePeft):
+class TestHira(DropsLikePeft, StartsLikePeft):
     kind = "HiraConfig"
     cases: ClassVar = {
         "linear": Case("linear", R),
@@ -27,6 +27,10 @@ class TestHira(StartsLikePeft):
         "conv3d": Case("conv3d", R),
         "gaussian start": Case("linear", R | {"init_weights": "gaussian"}),
         "random start": Case("linear", R | {"init_weights": False}),
+    }
+    dropping: ClassVar = {
+        layer: Case(layer, R | {"hira_dropout": 0.5})
+        for layer in ("linear", "conv1d_transposed", "conv2d")
     }
 
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from tests.methods.against_peft import Case, StartsLikePeft
+from tests.methods.against_peft import Case, DropsLikePeft, StartsLikePeft
 
 R = {"r": 4, "alpha": 5}  # a scaling that float32, in which PEFT rounds it, holds exactly
 PATTERNS = {"rank_pattern": {"layer": 2}, "alpha_pattern": {"layer": 7}}
 EFFECTIVE = R | {"use_effective_conv2d": True}
 
 
-class TestLoHa(StartsLikePeft):
+class TestLoHa(DropsLikePeft, StartsLikePeft):
     kind = "LoHaConfig"
     cases: ClassVar = {
         "linear": Case("linear", R),
@@ -27,4 +27,10 @@ class TestLoHa(StartsLikePeft):
         "effective conv2d 1x1": Case("conv2d 1x1", EFFECTIVE),
         "patterns": Case("linear", R | PATTERNS),
         "random start": Case("linear", R | {"init_weights": False}),
+    }
+    dropping: ClassVar = {
+        "features": Case("linear", R | {"rank_dropout": 0.5}),
+        "features of a conv2d": Case("conv2d", R | {"rank_dropout": 0.5}),
+        "module": Case("linear", R | {"module_dropout": 0.5}),
+        "both": Case("linear", R | {"module_dropout": 0.3, "rank_dropout": 0.3}),
     }

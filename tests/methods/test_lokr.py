@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from tests.methods.against_peft import Case, StartsLikePeft
+from tests.methods.against_peft import Case, DropsLikePeft, StartsLikePeft
 
 R = {"r": 2, "alpha": 5}
 PATTERNS = {"rank_pattern": {"layer": 1}, "alpha_pattern": {"layer": 7}}
 DROPOUT = {"rank_dropout": 0.5, "rank_dropout_scale": True}
 
 
-class TestLoKr(StartsLikePeft):
+class TestLoKr(DropsLikePeft, StartsLikePeft):
     kind = "LoKrConfig"
     cases: ClassVar = {
         "linear": Case("linear", R | {"r": 1}),
@@ -30,4 +30,10 @@ class TestLoKr(StartsLikePeft):
         "patterns": Case("linear", R | PATTERNS),
         "lycoris start": Case("linear", R | {"init_weights": "lycoris"}),
         "random start": Case("linear", R | {"init_weights": False}),
+    }
+    dropping: ClassVar = {
+        "features": Case("linear", R | {"rank_dropout": 0.5}),
+        "features of a conv2d": Case("conv2d", R | {"rank_dropout": 0.5}),
+        "module": Case("linear", R | {"module_dropout": 0.5}),
+        "both": Case("linear", R | {"module_dropout": 0.3, "rank_dropout": 0.3}),
     }

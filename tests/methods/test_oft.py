@@ -30,6 +30,7 @@ class TestOFT(StartsLikePeft):
         "one block for all": Case("linear", BLOCK | {"block_share": True}),
         "coft": Case("linear", FOUR | {"coft": True, "eps": 2**-7}),
         "coft shared": Case("linear", FOUR | {"coft": True, "eps": 2**-7, "block_share": True}),
+        "embedding": Case("embedding", {"oft_block_size": 2}),
         "random start": Case("linear", BLOCK | {"init_weights": False}),
     }
 
@@ -64,3 +65,20 @@ def test_constrained_blocks_are_moved_into_the_ball_by_training_and_not_by_evalu
     model(torch.ones(1, 12))
     radius = 0.01 / 4**0.5 / 2**0.5  # four blocks; each entry counts twice in a skew block
     torch.testing.assert_close(q.norm(dim=1), torch.full((4,), radius))
+
+
+def test_dropped_blocks_are_identities_in_training_alone() -> None:
+    """PEFT has the option and never applies it."""
+    config = OFTConfig(
+        target_modules=["layer"], oft_block_size=3, module_dropout=0.5, init_weights=False
+    )
+    base = LAYERS["linear"]()
+    model = get_peft_model(base, config)
+    rotation, seen = base.layer.grafts["default"][0], torch.ones(1, 12)
+    whole = rotation.method.input(rotation.params, seen).unflatten(-1, (4, 3))
+    model.eval()
+    turned = rotation.method.input(rotation.params, seen).unflatten(-1, (4, 3))
+    assert ((whole == 1).all(-1).sum(), (turned == 1).all(-1).sum()) == (2, 0)
+    before = model(seen)
+    merged = model.train().merge_and_unload()
+    torch.testing.assert_close(merged(seen), before)

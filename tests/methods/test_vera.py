@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from tests.methods.against_peft import Case, StartsLikePeft, Two
+from tests.methods.against_peft import Case, DropsLikePeft, StartsLikePeft, Two
 
 KEY = {"r": 5, "projection_prng_key": 42}
 BOTH = KEY | {"target_modules": ["0", "1"]}
 
 
-class TestVera(StartsLikePeft):
+class TestVera(DropsLikePeft, StartsLikePeft):
     kind = "VeraConfig"
     cases: ClassVar = {
         "linear": Case("linear", KEY),
@@ -22,3 +22,4 @@ class TestVera(StartsLikePeft):
         "random start": Case("linear", KEY | {"init_weights": False}),
         "another key": Case("linear", {"r": 3, "projection_prng_key": 1}),
     }
+    dropping: ClassVar = {"input": Case("linear", KEY | {"vera_dropout": 0.5})}

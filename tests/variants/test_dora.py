@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import multigraft
-from tests.methods.against_peft import AgreesWithPeft, Case, filled, near
+from tests.methods.against_peft import Case, DropsLikePeft, filled, near
 from tests.oracle import our_config, peft_config, peft_state, quiet
 
 DORA = {"r": 4, "lora_alpha": 6, "use_dora": True}
 
 
-class TestDora(AgreesWithPeft):
+class TestDora(DropsLikePeft):
     kind = "LoraConfig"
     cases: ClassVar = {
         "linear": Case("linear", DORA),
@@ -28,6 +28,10 @@ class TestDora(AgreesWithPeft):
         "conv3d": Case("conv3d", DORA),
         "rsLoRA": Case("linear", DORA | {"use_rslora": True}),
         "dropout in evaluation": Case("linear", DORA | {"lora_dropout": 0.5}),
+    }
+    dropping: ClassVar = {
+        layer: Case(layer, DORA | {"lora_dropout": 0.5})
+        for layer in ("linear", "conv1d_transposed", "conv2d")
     }
 
 

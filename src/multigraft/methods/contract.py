@@ -176,7 +176,8 @@ class Method:
         """
         if not training:
             return y + self.apply(params, x).to(y.dtype)
-        if self.module_dropout and torch.rand(1) <= self.module_dropout:
+        drops_whole = self.module_dropout or self.rank_dropout  # PEFT draws for both
+        if drops_whole and torch.rand(1) <= self.module_dropout:
             return y
         if self.dropout:
             x = torch.nn.functional.dropout(x, self.dropout)

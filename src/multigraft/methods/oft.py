@@ -3,12 +3,12 @@
     y = W (R x) + b        R = diag(R_1, ..., R_r),  R_i = (I + Q_i)(I - Q_i)^-1,  Q_i skew
 
 Q_i is stored as its upper triangle: (blocks, block_size (block_size - 1) / 2). The Cayley map is
-taken exactly, or as a Neumann series of a few terms. Linear layers rotate their input; a
-convolution rotates its kernels, each read as a vector over (in, k...).
+taken exactly, or as a Neumann series of a few terms. Linear layers rotate their input, embeddings
+what they give; a convolution rotates its kernels, each read as a vector over (in, k...).
 
 Papers: Qiu et al. 2023, arXiv:2306.07280; Neumann series: Qiu et al. 2025, arXiv:2506.19847.
 Departs: PEFT rotates a convolution's unfolded input and folds it back, so that its forward is not
-its merged weight; here both are the paper's W' = W R.
+its merged weight; here both are the paper's W' = W R. PEFT's `module_dropout` has no effect.
 """
 
 from __future__ import annotations
@@ -85,11 +85,13 @@ class OFT(Method):
 
     prefix = "oft_"
     kind: Literal["additive", "map", "replace"] = "map"
-    geometries = frozenset({"linear", "conv1d_transposed", "conv"})
+    geometries = frozenset({"linear", "conv1d_transposed", "conv", "embedding"})
 
     def __init__(self, site: Site, config: OFTConfig) -> None:
         super().__init__(site, config)
-        size, _ = self.geometry.sizes(site.layer)
+        self.is_lookup = self.geometry.name == "embedding"
+        self.q = f"oft_{'embedding_' if self.is_lookup else ''}R.weight"
+        size = self.geometry.sizes(site.layer)[1 if self.is_lookup else 0]
         if self.geometry.name == "conv":
             self.kind, self.needs_weight = "additive", True
             size = size // getattr(site.layer, "groups", 1) * math.prod(site.layer.kernel_size)  # type: ignore[arg-type]
@@ -108,15 +110,22 @@ class OFT(Method):
 
     def tensors(self) -> dict[str, TensorSpec]:
         blocks = 1 if self.config.block_share else self.rank
-        return {"oft_R.weight": TensorSpec((blocks, self.block * (self.block - 1) // 2))}
+        return {self.q: TensorSpec((blocks, self.block * (self.block - 1) // 2))}
 
     def reset(self, params: Params) -> None:
         if self.config.init_weights:
-            nn.init.zeros_(params["oft_R.weight"])
+            nn.init.zeros_(params[self.q])
         else:
-            nn.init.normal_(params["oft_R.weight"], std=0.1)
+            nn.init.normal_(params[self.q], std=0.1)
 
     def input(self, params: Params, x: Tensor) -> Tensor:
+        return x if self.is_lookup else self._turned(params, x)
+
+    def output(self, params: Params, y: Tensor) -> Tensor:
+        return self._turned(params, y) if self.is_lookup else y
+
+    def _turned(self, params: Params, x: Tensor) -> Tensor:
+        """Each block of the last axis times its rotation."""
         R = self._rotation(params)
         blocks = x.to(R.dtype).unflatten(-1, (self.rank, self.block))
         return torch.einsum("...rk,rkc->...rc", blocks, R).flatten(-2).to(x.dtype)
@@ -130,7 +139,7 @@ class OFT(Method):
 
     def _rotation(self, params: Params) -> Tensor:
         """All blocks, ``(rank, block, block)``."""
-        q = params["oft_R.weight"]
+        q = params[self.q]
         if self.config.coft:
             q = self._near_zero(q)
         row, column = torch.triu_indices(self.block, self.block, 1, device=q.device)
@@ -138,7 +147,9 @@ class OFT(Method):
         upper = upper.index_put((torch.arange(len(q), device=q.device)[:, None], row, column), q)
         Q = upper - upper.mT
         R = self._cayley(Q)
-        if self.config.module_dropout and torch.is_grad_enabled() and len(q) > 1:
+        # Merging, whose tensors have no gradients, takes all blocks even in training.
+        is_training = self.site.layer.training and q.requires_grad
+        if self.config.module_dropout and is_training and len(q) > 1:
             R = self._some_identity(R)
         return R.expand(self.rank, -1, -1)
 
