@@ -5,12 +5,15 @@
                              when one of these renames fails
 
 A writer that is killed leaves a staging folder that nothing reads; the next one there removes it.
+Between the renames it notes which they are, so that whoever comes next, to save or to load, can
+put the old files back.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import tempfile
@@ -26,6 +29,7 @@ except ImportError:  # not on Windows, where what killed writers left stays
     fcntl = None  # type: ignore[assignment]
 
 PREFIX = ".saving-"
+NOTE = "renaming.json"
 NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
 """How file systems say that a folder is nothing to flush."""
 
@@ -68,6 +72,8 @@ def _write_all(files: Mapping[Path, Callable[[Path], None]]) -> None:
             if target.parent not in stages:
                 stages[target.parent] = Stage(target.parent)
             stages[target.parent].write(target.name, writer)
+        for stage in stages.values():
+            stage.note()
         for target in files:
             stages[target.parent].put_in_place(target.name)
         for folder in stages:
@@ -84,6 +90,28 @@ def _write_all(files: Mapping[Path, Callable[[Path], None]]) -> None:
         stage.remove()
 
 
+def recover(folder: Path) -> None:
+    """Undo what killed writers left half-done in this folder, and remove their staging folders.
+
+    Raises:
+        CheckpointError: old files cannot be put back.
+    """
+    for left in folder.glob(f"{PREFIX}*/lock") if fcntl else ():
+        with contextlib.suppress(FileNotFoundError), open(left, "rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                continue  # its writer lives
+            try:
+                _undo(folder, left.parent)
+            except (OSError, ValueError) as error:
+                raise CheckpointError(
+                    f"{folder}: a save was cut short here, and the old files in {left.parent.name} "
+                    f"cannot be put back ({error}). Make the folder writable, or save again."
+                ) from error
+            _remove(left.parent)
+
+
 class Stage:
     """A folder beside the targets that holds the new files, and the old ones while they go.
 
@@ -91,10 +119,10 @@ class Stage:
     """
 
     def __init__(self, folder: Path) -> None:
-        _sweep(folder)
+        recover(folder)
         self.folder = folder
-        self.numbers: dict[str, int] = {}
-        self.replaced: list[str] = []
+        self.replaces: dict[str, bool] = {}
+        self.done: list[str] = []
         self.lock: IO[bytes] | None = None
         self.place = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))
         try:
@@ -105,37 +133,64 @@ class Stage:
 
     def write(self, name: str, writer: Callable[[Path], None]) -> None:
         """Write and flush one new file, and keep a second name of the one that it will replace."""
-        self.numbers[name] = len(self.numbers)
-        writer(self._new(name))
-        _flush(self._new(name))
-        os.chmod(self._new(name), 0o666 & ~_umask())
-        if os.path.lexists(self.folder / name):
-            _link(self.folder / name, self._old(name))
+        new, old = _staged(self.place, len(self.replaces))
+        self.replaces[name] = os.path.lexists(self.folder / name)
+        writer(new)
+        _flush(new)
+        os.chmod(new, 0o666 & ~_umask())
+        if self.replaces[name]:
+            _link(self.folder / name, old)
+
+    def note(self) -> None:
+        """Note what is about to be renamed."""
+        draft = self.place / f"{NOTE}.new"
+        write_utf8(draft, json.dumps(self.replaces))
+        _flush(draft)
+        os.replace(draft, self.place / NOTE)
+        _flush_folder(self.place)
 
     def put_in_place(self, name: str) -> None:
         """Rename the new file to its target."""
-        os.replace(self._new(name), self.folder / name)
-        self.replaced.append(name)
+        new, _ = _staged(self.place, list(self.replaces).index(name))
+        os.replace(new, self.folder / name)
+        self.done.append(name)
 
     def put_back(self) -> None:
         """Give replaced targets their old files again."""
-        for name in reversed(self.replaced):
-            if os.path.lexists(self._old(name)):
-                os.replace(self._old(name), self.folder / name)
-            else:
-                (self.folder / name).unlink(missing_ok=True)
+        if self.done:
+            _undo(self.folder, self.place)
 
     def remove(self) -> None:
         """Take the folder away; what is in place stays."""
+        _remove(self.place)  # while the lock is held: whoever finds its note undoes the save
         if self.lock is not None:
             self.lock.close()
-        shutil.rmtree(self.place, ignore_errors=True)
 
-    def _new(self, name: str) -> Path:
-        return self.place / f"{self.numbers[name]}"
 
-    def _old(self, name: str) -> Path:
-        return self.place / f"{self.numbers[name]}.old"
+def _staged(place: Path, number: int) -> tuple[Path, Path]:
+    """Where the new and the old file with this number are."""
+    return place / f"{number}", place / f"{number}.old"
+
+
+def _undo(folder: Path, place: Path) -> None:
+    """Put back what the note in a staging folder says was renamed; again does no harm."""
+    note = place / NOTE
+    replaces: dict[str, bool] = json.loads(note.read_text("utf-8")) if note.is_file() else {}
+    for number, (name, had_old) in enumerate(replaces.items()):
+        new, old = _staged(place, number)
+        if os.path.lexists(new):
+            continue  # this one was not renamed
+        if not had_old:
+            (folder / name).unlink(missing_ok=True)
+        elif os.path.lexists(old):
+            os.replace(old, folder / name)
+
+
+def _remove(place: Path) -> None:
+    """Remove a staging folder; its note first, which would be wrong once its files go."""
+    with contextlib.suppress(OSError):
+        (place / NOTE).unlink(missing_ok=True)
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _make_folders(folders: Iterable[Path]) -> list[Path]:
@@ -154,14 +209,6 @@ def _make_folders(folders: Iterable[Path]) -> list[Path]:
             each.rmdir()
         raise
     return made
-
-
-def _sweep(folder: Path) -> None:
-    """Remove the staging folders of writers that are dead: nobody holds their locks."""
-    for left in folder.glob(f"{PREFIX}*/lock") if fcntl else ():
-        with contextlib.suppress(OSError), open(left, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left.parent, ignore_errors=True)
 
 
 def _lock(path: Path) -> IO[bytes] | None:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from multigraft.atomic import write_files, write_utf8
+from multigraft.atomic import recover, write_files, write_utf8
 from multigraft.config import CONFIG_NAME, PeftConfig
 from multigraft.errors import CheckpointError, MissingExtraError
 from multigraft.fields import check_regex
@@ -218,6 +218,7 @@ def locate(
     """
     folder = Path(source).expanduser()
     inside = folder / (subfolder or "")
+    recover(inside)
     if (inside / filename).is_file():
         return inside / filename
     if folder.is_dir() or folder.is_absolute() or str(source).startswith("."):
