@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
-import sys
 import tempfile
-import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import save_file
 
 from multigraft import (
@@ -21,44 +17,13 @@ from multigraft import (
     CheckpointError,
     LoraConfig,
     PeftConfig,
-    PeftModel,
     StateError,
     atomic,
-    get_peft_model,
-    get_peft_model_state_dict,
 )
+from tests.bad_input.saving import assert_loads_as, contents, trained
 from tests.weaknesses import nets
 
-NAMES = ("default", "b", "c")
 Fault = Callable[[pytest.MonkeyPatch, int], None]
-
-
-def trained(seed: int = 5) -> PeftModel:
-    """Three adapters with values of their own."""
-    model = get_peft_model(nets.net(), LoraConfig(r=2, target_modules=["up", "down"]))
-    model.add_adapter("b", LoraConfig(r=3, target_modules=["up"], modules_to_save=["head"]))
-    model.add_adapter("c", LoraConfig(r=2, target_modules=["embed", "conv"]))
-    nets.train_by_hand(model, *NAMES, seed=seed)
-    return model
-
-
-def contents(folder: Path) -> dict[str, bytes | None]:
-    """Every path below the folder, hidden ones too, with the bytes of files."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in sorted(folder.rglob("*"))
-    }
-
-
-def assert_loads_as(model: PeftModel, folder: Path) -> None:
-    """The folder holds these three adapters, to the bit."""
-    loaded = PeftModel.from_pretrained(nets.net(), folder)
-    for name in NAMES:
-        if name != "default":
-            loaded.load_adapter(folder / name, name)
-        theirs = get_peft_model_state_dict(loaded, adapter_name=name)
-        for key, tensor in get_peft_model_state_dict(model, adapter_name=name).items():
-            assert torch.equal(theirs[key], tensor), f"{name}: {key}"
 
 
 def failing(function: Callable[..., Any], at: int, error: OSError) -> Callable[..., Any]:
@@ -212,91 +177,6 @@ def test_a_folder_that_cannot_be_flushed_is_saved_into_all_the_same(
     model = trained()
     model.save_pretrained(tmp_path)
     assert_loads_as(model, tmp_path)
-
-
-# A process that ends at once, as SIGKILL or a power cut would end it.
-
-KILLED = """
-    import os, sys
-    from pathlib import Path
-    from multigraft import atomic, checkpoint
-    from tests.bad_input.test_saving import trained
-
-    where, folder = sys.argv[1:]
-    model = trained(seed=2)
-    if where == "before the weights":
-        checkpoint.save_file = lambda *_: os._exit(9)
-    elif where == "half-way through the weights":
-        write = checkpoint.save_file
-        def half(tensors, path, metadata):
-            write(tensors, path, metadata)
-            os.truncate(path, 100)
-            os._exit(9)
-        checkpoint.save_file = half
-    elif where == "between the files":
-        Path.write_text = lambda *_, **__: os._exit(9)
-    elif where == "before the first rename":
-        atomic.Stage.put_in_place = lambda *_: os._exit(9)
-    model.save_pretrained(folder)
-"""
-PLACES = ["before the weights", "half-way through the weights", "between the files"]
-PLACES += ["before the first rename"]
-
-
-def kill(where: str, folder: Path) -> None:
-    """Save into the folder in a process that is gone in the middle of it."""
-    command = [sys.executable, "-c", textwrap.dedent(KILLED), where, str(folder)]
-    root = Path(__file__).resolve().parents[2]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run(command, cwd=root, env=environment, check=False)
-    assert done.returncode == 9
-
-
-@pytest.fixture(scope="module", params=PLACES)
-def survivor(request: pytest.FixtureRequest) -> Iterator[tuple[Path, dict[str, bytes | None]]]:
-    """A folder of adapters after a process was killed in saving over it, and what it held."""
-    with tempfile.TemporaryDirectory() as name:
-        trained(seed=1).save_pretrained(name)
-        files = contents(Path(name))
-        kill(request.param, Path(name))
-        yield Path(name), files
-
-
-def test_a_kill_half_way_leaves_the_old_files_whole(
-    survivor: tuple[Path, dict[str, bytes | None]],
-) -> None:
-    folder, files = survivor
-    after = contents(folder)
-    assert {name: after[name] for name in files} == files
-    left = set(after) - set(files)
-    assert left, "the process was killed before it began to save"
-    assert all(atomic.PREFIX in name for name in left)
-    assert not any(Path(name).name in ("adapter_config.json", "README.md") for name in left)
-
-
-def test_a_kill_half_way_leaves_adapters_that_load_as_before(
-    survivor: tuple[Path, dict[str, bytes | None]],
-) -> None:
-    folder, _ = survivor
-    assert_loads_as(trained(seed=1), folder)
-
-
-def test_the_next_save_removes_what_a_killed_one_left(
-    survivor: tuple[Path, dict[str, bytes | None]],
-) -> None:
-    folder, files = survivor
-    trained(seed=3).save_pretrained(folder)
-    assert set(contents(folder)) == set(files)
-
-
-def test_what_a_live_writer_holds_is_not_swept_away(tmp_path: Path) -> None:
-    stage = atomic.Stage(tmp_path)
-    stage.write("slow.txt", lambda path: atomic.write_utf8(path, "text"))
-    trained().save_pretrained(tmp_path)
-    stage.put_in_place("slow.txt")
-    stage.remove()
-    assert (tmp_path / "slow.txt").read_text() == "text"
-    assert not list(tmp_path.glob(f"{atomic.PREFIX}*"))
 
 
 # Paths that cannot be saved to.
