@@ -133,3 +133,16 @@ def test_an_encoder_that_has_run_is_not_run_again(method):
         decoder_input_ids=batch["decoder_input_ids"],
     )
     torch.testing.assert_close(again.logits, whole.logits)
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_positions_count_the_users_tokens_after_a_cache_too(method):
+    adapted = pairs.ours(method, "llama")
+    ids = oracle.inputs(adapted)["input_ids"]
+    positions = torch.arange(oracle.TOKENS)[None]
+    at_once = adapted(input_ids=ids).logits
+    first = adapted(input_ids=ids[:, :5], position_ids=positions[:, :5], use_cache=True)
+    rest = adapted(
+        input_ids=ids[:, 5:], position_ids=positions[:, 5:], past_key_values=first.past_key_values
+    )
+    torch.testing.assert_close(rest.logits, at_once[:, -3:], atol=1e-5, rtol=1e-4)

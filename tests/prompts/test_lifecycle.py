@@ -215,3 +215,14 @@ def test_the_embedding_to_save_is_what_is_saved(tmp_path):
 
 def _base():
     return oracle.build(oracle.llama)
+
+
+def test_loading_over_takes_the_files_config(tmp_path):
+    # The same table twice: six tokens, and three for each of two parts of a model.
+    halves = pairs.ours("prompt", "llama", num_virtual_tokens=3, num_transformer_submodules=2)
+    halves.save_pretrained(tmp_path)
+    adapted = pairs.ours("prompt", "llama", num_virtual_tokens=6)
+    batch = oracle.inputs(adapted)
+    adapted.load_adapter(tmp_path, "default")
+    assert adapted.active_peft_config.num_virtual_tokens == 3
+    torch.testing.assert_close(oracle.output(adapted, batch), oracle.output(halves, batch))
