@@ -76,13 +76,19 @@ class Bank:
         return self._masks[rows]
 
 
-def pair(graft: Graft, training: bool) -> Pair | None:
-    """(A, B, scale) when this graft adds exactly ``scale · (x Aᵀ) Bᵀ`` to the layer's output."""
+def pair(graft: Graft, training: bool, dropout: bool = False) -> Pair | None:
+    """(A, B, scale) when this graft adds exactly ``scale · (x Aᵀ) Bᵀ`` to the layer's output.
+
+    Args:
+        dropout: whether the caller drops elements of ``x`` itself.
+    """
     method = graft.method
     geometry = method.site.geometry
     if geometry is None or not geometry.is_matmul or method.site.parameter is not None:
         return None
-    if training and (method.dropout or method.rank_dropout or method.module_dropout):
+    if training and (method.rank_dropout or method.module_dropout):
+        return None
+    if training and method.dropout and not dropout:
         return None
     return method.low_rank(graft.params)
 

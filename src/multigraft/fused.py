@@ -29,13 +29,16 @@ def fused(grafts: Sequence[Graft], x: Tensor, training: bool) -> Tensor | None:
     if base is None or base[0].dtype != x.dtype:
         return None
     W, bias = base
-    pairs = [pair(graft, training) for graft in grafts]
+    is_single = len(grafts) == 1
+    pairs = [pair(graft, training, dropout=is_single) for graft in grafts]
     whole = [found for found in pairs if found is not None]
     if len(whole) < len(pairs):
         return None
-    if len(whole) == 1:
+    if is_single:
         A, B, scale = whole[0]
-        return kernels.adapted_linear(x, W, bias, A, B, scale)
+        p = grafts[0].method.dropout if training else 0.0
+        seen = torch.nn.functional.dropout(x, p) if p else None
+        return kernels.adapted_linear(x, W, bias, A, B, scale, seen)
     As, Bs, values = zip(*whole, strict=True)
     columns = [value for A, value in zip(As, values, strict=True) for _ in range(A.shape[0])]
     wide = scales(tuple(columns), x.dtype, x.device)

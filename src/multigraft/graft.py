@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class Graft:
         self.adapter = adapter
         self.method = method
         self.shared = shared
-        self.own_specs = method.tensors()
+        self.own_specs = _one_of(tuple(method.tensors().items()))
         self.owners: dict[str, tuple[nn.Module, str]] = {}
         self.stand_in: nn.Module | None = None
         self.tied = tied
@@ -70,9 +71,9 @@ class Graft:
         """``y`` plus this adapter's contribution for the base layer's input ``x``."""
         return self.method.add(self.params, y, x, training, base)
 
-    def specs(self) -> dict[str, TensorSpec]:
+    def specs(self) -> Mapping[str, TensorSpec]:
         """What the method declares; for a stand-in, what the module holds."""
-        return self.own_specs if self.shared is None else self.own_specs | self.shared.specs
+        return self.own_specs if self.shared is None else {**self.own_specs, **self.shared.specs}
 
     def saved(self) -> Iterator[tuple[str, Tensor]]:
         """Pairs of the name on disk (relative to the site's path) and the tensor."""
@@ -96,6 +97,12 @@ class Graft:
             holder.register_buffer(f"t{index}", tensor.detach().clone())
             twin.owners[name] = (holder, f"t{index}")
         return twin
+
+
+@lru_cache(maxsize=1024)
+def _one_of(specs: tuple[tuple[str, TensorSpec], ...]) -> Mapping[str, TensorSpec]:
+    """One table for all grafts that declare the same: sites of one shape are many."""
+    return dict(specs)
 
 
 def grow(

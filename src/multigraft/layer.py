@@ -115,6 +115,7 @@ class AdaptedLayer(LayerFacade, nn.Module):
         self.is_read = is_read
         self.grafts: dict[str, list[Graft]] = {}
         self.kept: dict[str, Any] = {}
+        self.parted: dict[str, nn.Parameter] = {}
         self._merged: list[Graft] = []
         self.plan = Plan()
         self.training = base_layer.training

@@ -26,6 +26,7 @@ from multigraft.requantisation import Loss, report
 from multigraft.roster import Roster
 from multigraft.rowwise import add_products, products
 from multigraft.storage import FOREIGN, Slot, slot_of
+from multigraft.ties import own_snapshots, part, rejoin, to_part
 
 
 def merge(
@@ -68,9 +69,12 @@ def merge(
     done: list[tuple[AdaptedLayer, list[Graft], dict[str, Any]]] = []
     losses: list[Loss] = []
     known = dict(roster.losses)
+    parting = to_part(roster, incoming, layers)
     try:
         for layer in layers:
-            grafts = [g.snapshot() for g in incoming[id(layer)]]
+            part(layer, parting.get(id(layer), ()))
+        for layer in layers:
+            grafts = own_snapshots(incoming[id(layer)])
             tensors = _tensor_names(grafts)
             before = {n: slot_of(layer.base_layer, n).keep() for n in tensors}
             done.append((layer, layer.merged_grafts, {"kept": dict(layer.kept), "values": before}))
@@ -78,6 +82,8 @@ def merge(
     except BaseException:
         for layer, grafts, state in reversed(done):
             _restore(layer, grafts, state)
+        for layer in layers:
+            rejoin(layer, parting.get(id(layer), ()))
         roster.losses = known
         raise
     report(losses)
@@ -137,6 +143,8 @@ def unmerge_layer(layer: AdaptedLayer, names: Sequence[str] | None = None) -> No
             _measure(layer, tensor, slot, own, value)
         else:
             slot.give_back(layer.kept.pop(tensor))
+        if not rest:
+            rejoin(layer, [tensor])
     layer.merged_grafts = staying
     layer.replan()
 

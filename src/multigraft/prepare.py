@@ -104,12 +104,12 @@ class Prepared:
         where = _dtype(weight.dtype, autocast), device
         return prompts.grow(self.context, self.config, self.model, given, where)
 
-    @property
+    @cached_property
     def context(self) -> type[Context] | None:
         """The context method that the config's ``peft_type`` names, if it is one."""
         return dict(CONTEXTS.items()).get(str(self.config.peft_type))
 
-    @property
+    @cached_property
     def main(self) -> type[Method] | None:
         """The method that the config's ``peft_type`` names, if it acts on sites."""
         return None if self.context else METHODS[str(self.config.peft_type)]

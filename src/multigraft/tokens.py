@@ -63,7 +63,7 @@ def with_ties(needs: Sequence[Need], spots: Sequence[Spot]) -> list[Need]:
                 heads.setdefault(id(spot), head)
     own = [n for n in needs if not (n.method.follows_ties and id(n.spot) in heads)]
     for need in needs:
-        if need not in own and need.method.name == "TOKEN_ADAPTER":
+        if need.method.name == "TOKEN_ADAPTER" and need not in own:
             raise TargetError(
                 f"`{FIELD}`: {need.site.path} shares its weight with "
                 f"{heads[id(need.spot)].site.tied}, and uses the tokens that are trained there. "

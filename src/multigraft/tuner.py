@@ -27,6 +27,7 @@ from multigraft.roster import Roster
 from multigraft.schedule import StepByStep, penalised
 from multigraft.storage import let_gradients_through
 from multigraft.survey import survey
+from multigraft.ties import settle
 from multigraft.wrap import attach, detach, roster_of
 
 
@@ -279,9 +280,7 @@ class Tuner(StepByStep, nn.Module):
         except BaseException:
             self.roster.set_active(active)
             raise
-        for layer in self.roster.touched(self.roster.configs):
-            layer.kept.clear()
-            layer.merged_grafts = []
+        settle(self.roster.touched(self.roster.configs))
         return self._clear()
 
     def unload(self) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -117,4 +118,14 @@ def test_an_input_that_is_not_contiguous() -> None:
     torch.testing.assert_close(
         adapted_linear(turned, W, bias, A, B, 2.0),
         adapted_linear_reference(turned, W, bias, A, B, 2.0),
+    )
+
+
+def test_what_the_factors_see_may_differ_from_what_the_layer_sees() -> None:
+    x, W, bias, A, B = make((2, 3), 5, 4, 2, True, torch.float64, "cpu")
+    seen = (x.detach() * 0.5 + 1).requires_grad_()
+    expected = F.linear(x, W, bias) + 0.7 * F.linear(F.linear(seen, A), B)
+    torch.testing.assert_close(adapted_linear(x, W, bias, A, B, 0.7, seen), expected)
+    assert torch.autograd.gradcheck(
+        lambda x, A, B, seen: adapted_linear(x, W, bias, A, B, 0.7, seen), (x, A, B, seen)
     )

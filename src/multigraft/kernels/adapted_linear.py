@@ -30,12 +30,19 @@ def adapted_linear_reference(
 
 
 def adapted_linear(
-    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float | Tensor
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float | Tensor,
+    seen: Tensor | None = None,
 ) -> Tensor:
     """``x Wᵀ + b + scale · (x Aᵀ) Bᵀ`` for a ``W`` and ``b`` that take no gradients.
 
     Args:
         scale: a number, or one for each column of the rank, ``(rank,)``.
+        seen: what A sees in place of ``x``, of its shape: ``x`` after a dropout.
     """
     if A.dtype != x.dtype:
         A, B = A.to(x.dtype), B.to(x.dtype)
@@ -43,16 +50,22 @@ def adapted_linear(
         # One scale a column: into the narrow factor, where autograd sees it.
         A, scale = A * scale[:, None], 1.0
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return _forward(x, W, bias, A, B, scale)[0]
-    y: Tensor = _AdaptedLinear.apply(x, W, bias, A, B, scale)[0]
+        return _forward(x, W, bias, A, B, scale, seen)[0]
+    y: Tensor = _AdaptedLinear.apply(x, W, bias, A, B, scale, seen)[0]
     return y
 
 
 def _forward(
-    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    seen: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     flat = x.reshape(-1, x.shape[-1])
-    s = torch.mm(flat, A.T)
+    s = torch.mm(flat if seen is None else seen.reshape(flat.shape), A.T)
     if flat.shape[0] < MANY_TOKENS:
         y = F.linear(flat, W, bias).addmm_(s, B.T, alpha=scale)
     else:
@@ -75,17 +88,24 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, W, _, A, B, ctx.scale = inputs
+        x, W, _, A, B, ctx.scale, seen = inputs
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(x, W, A, B, output[1])
+        ctx.is_apart = seen is not None
+        ctx.save_for_backward(x if seen is None else seen, W, A, B, output[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        x, W, A, B, s = ctx.saved_tensors
+        seen, W, A, B, s = ctx.saved_tensors
         dy = grads[0].reshape(-1, W.shape[0])
         ds = _scaled(dy, B, ctx.scale)
-        needs_x, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
-        dx = torch.mm(ds, A).addmm_(dy, W).view(x.shape) if needs_x else None
-        dA = torch.mm(ds.T, x.reshape(-1, x.shape[-1])) if needs_A else None
+        needs_x, _, _, needs_A, needs_B, _, needs_seen = ctx.needs_input_grad
+        dx = dseen = None
+        if needs_x and ctx.is_apart:
+            dx = torch.mm(dy, W).view(seen.shape)
+        elif needs_x:
+            dx = torch.mm(ds, A).addmm_(dy, W).view(seen.shape)
+        if needs_seen:
+            dseen = torch.mm(ds, A).view(seen.shape)
+        dA = torch.mm(ds.T, seen.reshape(-1, seen.shape[-1])) if needs_A else None
         dB = _scaled(dy.T, s, ctx.scale) if needs_B else None
-        return dx, None, None, dA, dB, None
+        return dx, None, None, dA, dB, None, dseen
