@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 
 import torch
 from safetensors.torch import load_file
 
-from multigraft import CheckpointError
+from multigraft import CheckpointError, ConfigError
 from tests.docs.comparison import (
     CONFIG,
     WEIGHTS,
@@ -81,6 +82,27 @@ def _(library, folder):
     return "new_option" in json.loads((folder / "new" / CONFIG).read_text())
 
 
+@row("a config of a newer version", peft=False, ours=True)
+def _(library, folder):
+    path = saved(folder) / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_version": "99.0.0"}))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        load(library, folder)
+    return any("99.0.0" in str(warning.message) for warning in told)
+
+
+@row(
+    "a switch of a config that is neither true nor false",
+    peft=True,
+    ours=Raises(ConfigError, "`use_rslora` (='false') must be True or False"),
+)
+def _(library, folder):
+    path = saved(folder) / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_rslora": "false"}))
+    return load(library, folder).peft_config["default"].use_rslora == "false"
+
+
 @row("a misspelt option of `from_pretrained`", peft=True, ours=Raises(CheckpointError, "'revison'"))
 def _(library, folder):
     return bool(load(library, saved(folder), revison="main"))
@@ -141,6 +163,16 @@ def _(library, folder):
     (folder / "README.md").write_text("mine\n")
     graft(library).save_pretrained(folder)
     return (folder / "README.md").read_text() == "mine\n"
+
+
+@row("a save that fails half-way", peft=False, ours=True)
+def _(library, folder):
+    before = (saved(folder) / WEIGHTS).read_bytes()
+    (folder / CONFIG).unlink()
+    (folder / CONFIG).mkdir()
+    with contextlib.suppress(OSError, RuntimeError):
+        graft(library, name="default", base=net().double()).save_pretrained(folder)
+    return (folder / WEIGHTS).read_bytes() == before
 
 
 @row("`push_to_hub`", peft=True, ours=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from multigraft import AdapterNameError, StateError
+from multigraft import AdapterNameError, MergeError, StateError
 from tests.docs.comparison import (
     Raises,
     X,
@@ -39,6 +39,15 @@ def _(library, folder):
     model = graft(library)
     model.base_model.set_adapter("typo")
     return near(model(X), net()(X))
+
+
+@row("`set_adapter` and flags set by hand", peft=False, ours=True)
+def _(library, folder):
+    model = graft_two(library)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".b." in name)
+    model.set_adapter("a")
+    return all(flags(model, "b"))
 
 
 @row("`disable_adapter()` and `requires_grad`", peft=True, ours=False)
@@ -123,7 +132,7 @@ def _(library, folder):
         return near(model(X), net()(X))
 
 
-@row("merging NaN", peft=True, ours=Raises(ValueError, "holds NaN or infinity"))
+@row("merging NaN", peft=True, ours=Raises(MergeError, "holds NaN or infinity"))
 def _(library, folder):
     model = graft(library, ["head"])
     nn.init.constant_(layers(model)[0].lora_A["a"].weight, float("nan"))

@@ -117,6 +117,17 @@ def test_t26_any_name_is_trained_and_found_by_named_parameters(name: str) -> Non
     assert list(nets.layer(model, "blocks.0.up").lora_A.keys()) == [name]
 
 
+@awkward
+def test_t26_every_parameter_of_any_name_is_reached_by_its_own_name(name: str) -> None:
+    model = get_peft_model(nets.net(), CONFIG, adapter_name=name)
+    for path, parameter in model.named_parameters():
+        assert model.get_parameter(path) is parameter
+    model.load_state_dict(model.state_dict())
+    twin = get_peft_model(nets.net(1), CONFIG, adapter_name=name)
+    twin.load_state_dict(model.state_dict())
+    assert nets.same_bits(twin(nets.ids()), model(nets.ids()))
+
+
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("how", ["get_peft_model", "add_adapter", "inject", "load"])
 def test_t26_a_name_that_breaks_a_path_is_refused_and_named(
