@@ -5,11 +5,11 @@ PEFT imports transformers, so the second pair of rows starts where that is loade
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 from importlib.util import find_spec
 
+from _arms import arguments
 from _report import Report
 
 BASELINES = {
@@ -37,9 +37,8 @@ def measure(package: str, baseline: str) -> tuple[float, int]:
 
 def main() -> None:
     """Runs packages in turn, so that a busy moment of the machine falls on all of them."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=11, help="processes for each row")
-    runs = parser.parse_args().runs
+    options = arguments(__doc__, runs=11).parse_args()
+    runs = options.runs
     cases = [
         (package, loaded)
         for loaded in BASELINES
@@ -57,13 +56,13 @@ def main() -> None:
     report = Report("import_time", __doc__.splitlines()[0])
     for package, loaded in cases:
         report.row(
-            package=package,
+            library=package,
             after=loaded,
-            milliseconds=times[package, loaded],
+            ms=times[package, loaded],
             modules=modules[package, loaded],
         )
     report.note(f"Median and quartiles of {runs} processes; files in the disk's cache.")
-    report.write()
+    report.write(options.output)
 
 
 if __name__ == "__main__":
