@@ -47,7 +47,11 @@ PAIRS: dict[str, tuple[Maker, dict[str, Any]]] = {
     "net, every kind": (Net, {"target_modules": KINDS, "r": 4}),
     "net, all biases": (Net, {"target_modules": KINDS, "r": 4, "bias": "all"}),
     "net, saved": (Net, {"target_modules": ["lin0"], "modules_to_save": ["head", "conv1"]}),
-    "gemma, embedding": (oracle.gemma, {"target_modules": ["embed_tokens", "v_proj"]}),
+    # Not tied: merging into a shared embedding, PEFT changes the head as well.
+    "gemma, embedding": (
+        lambda: oracle.gemma(tie_word_embeddings=False),
+        {"target_modules": ["embed_tokens", "v_proj"]},
+    ),
 }
 # B's bias needs one of the base to be merged into, and a dense A has no grouped kernel.
 WITHOUT_MERGED_FORM = {

@@ -93,6 +93,22 @@ def module_needs(spot: Spot, method: type[Method]) -> Iterator[Need]:
         yield need
 
 
+def note_shared(needs: Sequence[Need], spots: Sequence[Spot]) -> None:
+    """Tell each site which of its parameters other modules of the base hold as well."""
+    held: dict[int, list[nn.Module]] = {}
+    for spot in spots:
+        is_closed = spot.wrapper is not None and spot.layer._modules
+        for module in spot.layer.modules() if is_closed else (spot.layer,):
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    held.setdefault(id(parameter), []).append(module)
+    shared = {key: modules for key, modules in held.items() if len(modules) > 1}
+    for need in needs if shared else ():
+        for name, parameter in need.site.layer.named_parameters():
+            if id(parameter) in shared:
+                need.site.shared[name] = shared[id(parameter)]
+
+
 def parameter_needs(
     wanted: Sequence[str], method: type[Method], spots: Sequence[Spot], lenient: bool
 ) -> list[Need]:

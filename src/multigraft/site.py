@@ -32,6 +32,7 @@ class Site:
         times: how often an update counts here, see `multigraft.bases.attention`.
         tied: the site of the embedding whose weight this one shares, and what an adapter does to
             it: it holds the adapter's tensors for both.
+        shared: the layer's parameters that several modules hold, by name, and these modules.
         disk: where this adapter's tensors stand in files; the path unless PEFT nests wrappers.
     """
 
@@ -47,6 +48,7 @@ class Site:
     times: int = 1
     disk: str = ""
     tied: Site | None = None
+    shared: dict[str, list[nn.Module]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.target = self.target or self.path

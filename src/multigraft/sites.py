@@ -20,7 +20,14 @@ from multigraft.config import PeftConfig, TargetedConfig, TaskType, matching_pat
 from multigraft.defaults import TASK_HEADS, default_targets
 from multigraft.errors import MultigraftWarning, TargetError, did_you_mean, there_are
 from multigraft.methods import METHODS
-from multigraft.needs import Need, module_needs, name_on_disk, need_at, parameter_needs
+from multigraft.needs import (
+    Need,
+    module_needs,
+    name_on_disk,
+    need_at,
+    note_shared,
+    parameter_needs,
+)
 from multigraft.survey import Spot
 from multigraft.tokens import token_needs, with_ties
 
@@ -61,6 +68,7 @@ def find(
             "Name modules to adapt, or in `modules_to_save`."
         )
     name_on_disk(needs, main)
+    note_shared(needs, spots)
     return needs
 
 
