@@ -106,7 +106,7 @@ KEPT = {
     "layer": "from pkg.methods import lora",
     "cli/__init__": "from . import run",
     "cli/run": "import pkg\nfrom pkg import Public, __version__\nfrom pkg.train import fit\n"
-    "import pkg.inspect\npkg.Public\npkg.inspect",
+    "import pkg.inspection\npkg.Public\npkg.inspection",
     "__init__": '__all__ = ["Public"]',
 }
 

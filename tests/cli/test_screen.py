@@ -10,7 +10,7 @@ from rich.console import Console
 
 from multigraft import LoraConfig, get_peft_model
 from multigraft.cli import screen
-from multigraft.inspect import describe, outline, render
+from multigraft.inspection import describe, outline, render
 from multigraft.train import Progress
 from tests.subject import Net
 

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.tree import Tree
 
-from multigraft.inspect import Node, Structure, outline
+from multigraft.inspection import Node, Structure, outline
 from multigraft.train import OnStep, Progress
 
 PLAIN_LINES = 10

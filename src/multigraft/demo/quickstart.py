@@ -17,7 +17,7 @@ from torch import Tensor
 
 from multigraft import train as training
 from multigraft.demo import RECIPE, TASKS, Recipe, Task, examples, model_path
-from multigraft.inspect import Structure, describe
+from multigraft.inspection import Structure, describe
 from multigraft.kbit import prepare_model_for_kbit_training
 from multigraft.methods.lora import LoraConfig
 from multigraft.model import PeftModel

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from multigraft import LoraConfig, get_peft_model, inject_adapter_in_model
-from multigraft.inspect import describe
+from multigraft.inspection import describe
 from tests.subject import LINEAR, Net, layers
 
 

@@ -1,7 +1,7 @@
 """What hangs where in a model: its adapted sites, and the adapters side by side at each."""
 
-from multigraft.inspect.outline import Node, outline, render
-from multigraft.inspect.structure import (
+from multigraft.inspection.outline import Node, outline, render
+from multigraft.inspection.structure import (
     AdaptedSite,
     SiteAdapter,
     SiteGroup,

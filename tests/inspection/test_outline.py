@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from multigraft import LoraConfig, get_peft_model
-from multigraft.inspect import Node, describe, outline, render
+from multigraft.inspection import Node, describe, outline, render
 from tests.subject import Net
 
 

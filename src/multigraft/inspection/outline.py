@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from multigraft.inspect.structure import SiteAdapter, SiteGroup, Structure
+from multigraft.inspection.structure import SiteAdapter, SiteGroup, Structure
 
 
 @dataclass(frozen=True)
