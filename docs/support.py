@@ -68,7 +68,10 @@ def table(title: str, cells: Iterable[Pair], columns: list[str], of: str) -> str
         rows.setdefault(label(pair), {})[getattr(pair, of)] = both
     lines = [f"## {title}", "", "| | " + " | ".join(columns) + " |"]
     lines.append("|---" * (len(columns) + 1) + "|")
-    lines += [f"| {n} | " + " | ".join(row[c] for c in columns) + " |" for n, row in rows.items()]
+    lines += [
+        f"| {n} | " + " | ".join(row.get(c, "- / -") for c in columns) + " |"
+        for n, row in rows.items()
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -62,9 +62,18 @@ def tolerance(pair: Pair) -> float:
     return 1e-9 if is_plain(pair) else 16 * pair.rounding
 
 
+def acting(model: PeftModel, pair: Pair, adapter: str) -> list[Graft]:
+    """As `grafts`; there may be none."""
+    return [
+        graft
+        for layer, graft in model.roster.grafts(adapter)
+        if graft.method.name == pair.method and layer.path.split(".")[0] == TARGET
+    ]
+
+
 def grafts(model: PeftModel, pair: Pair, adapter: str = "a") -> list[Graft]:
-    """The grafts of the method under test."""
-    found = [g for _, g in model.roster.grafts(adapter) if g.method.name == pair.method]
+    """The grafts of the method under test on the layer under test."""
+    found = acting(model, pair, adapter)
     assert found, f"{pair}: the config attached no {pair.method}"
     return found
 

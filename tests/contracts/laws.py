@@ -11,6 +11,7 @@ name. Exact laws run in float64 where the storage is plain, and within its own r
 from __future__ import annotations
 
 import copy
+import functools
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from multigraft.config import CONFIGS
 from multigraft.methods import METHODS
 from multigraft.storage import storage_of
 from tests.contracts.at_work import (
+    acting,
     assert_near,
     attach,
     base_bits,
@@ -212,6 +214,11 @@ def their_tensors_combine(model: PeftModel, pair: Pair) -> None:
             model.base_model.set_adapter(names)
             seen["".join(names)] = held.show(a.site.key)
         own = a.site.weight()
+        if seen["ab"] is None:  # nobody but the module's own forward reads it
+            both = own + sum(g.method.delta(g.params) for g in (a, b))
+            expected = torch.func.functional_call(held.base_layer, {a.site.key: both}, batch(pair))
+            assert_near(model(batch(pair)), expected, 2 * tolerance(pair))
+            continue
         if a.method.kind == "additive":
             assert_near(seen["ab"], seen["a"] + seen["b"] - own, 2 * tolerance(pair))
             continue
@@ -322,22 +329,24 @@ def deleting_leaves_no_trace(pair: Pair) -> None:
 # -- where a pair is not supported ----------------------------------------------------------------
 
 
-def is_supported(pair: Pair) -> bool:
-    """Whether the config can be attached, and makes this method act on the layer."""
+@functools.lru_cache(None)
+def standing(pair: Pair) -> str:
+    """``"supported"``, ``"refused"``, or ``"passed by"``: attached, but not acting on the layer."""
     try:
         model = multigraft.get_peft_model(pair.subject(), CONFIGS[pair.peft_type](**pair.kwargs()))
     except REFUSALS:
-        return False
-    return any(graft.method.name == pair.method for _, graft in model.roster.grafts("default"))
+        return "refused"
+    return "supported" if acting(model, pair, "default") else "passed by"
+
+
+def is_supported(pair: Pair) -> bool:
+    """Whether the config can be attached, and makes this method act on the layer."""
+    return standing(pair) == "supported"
 
 
 def is_refused(pair: Pair) -> bool:
     """Whether attaching it is an error; a layer without a bias, say, has none to train."""
-    try:
-        multigraft.get_peft_model(pair.subject(), CONFIGS[pair.peft_type](**pair.kwargs()))
-    except REFUSALS:
-        return True
-    return False
+    return standing(pair) == "refused"
 
 
 def refusal_leaves_the_model_untouched(pair: Pair) -> None:

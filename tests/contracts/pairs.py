@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from multigraft.bases.contract import GEOMETRIES
+from multigraft.config import CONFIGS
 from multigraft.methods import METHODS
 from tests.storage.cases import CASES as STORAGES
 
@@ -59,10 +60,12 @@ class GeometryCase:
     Args:
         build: makes it, from the ambient random state.
         input: a batch of `ROWS` for it.
+        targets: how a config names it.
     """
 
     build: Callable[[], nn.Module]
     input: Callable[[], Tensor]
+    targets: Mapping[str, Any] = field(default_factory=lambda: {"target_modules": [TARGET]})
 
 
 def _pixels(*sizes: int) -> Callable[[], Tensor]:
@@ -71,6 +74,18 @@ def _pixels(*sizes: int) -> Callable[[], Tensor]:
 
 def _flat() -> Tensor:
     return torch.randn(ROWS, 3, SIZE)
+
+
+class Experts(nn.Module):
+    """A stack of weights that the forward reads, as mixtures of experts have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.randn(3, 32, SIZE) / 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., in)`` to ``(..., out)``, every expert in turn."""
+        return torch.stack([x @ W.T for W in self.gate_up]).tanh().sum(0)
 
 
 GEOMETRY_CASES: dict[str, GeometryCase] = {
@@ -82,6 +97,9 @@ GEOMETRY_CASES: dict[str, GeometryCase] = {
     "conv3d": GeometryCase(lambda: nn.Conv3d(SIZE, 32, (1, 2, 1)), _pixels(2, 3, 2)),
     "embedding": GeometryCase(lambda: nn.Embedding(20, SIZE), lambda: torch.randint(20, (ROWS, 5))),
     "attention": GeometryCase(lambda: nn.MultiheadAttention(SIZE, 4, batch_first=True), _flat),
+    "experts": GeometryCase(
+        Experts, _flat, {"target_modules": ["other"], "target_parameters": [f"{TARGET}.gate_up"]}
+    ),
     "norm": GeometryCase(lambda: nn.LayerNorm(SIZE), _flat),
 }
 ONLY_DENSE = ("float32", "bfloat16")
@@ -128,7 +146,8 @@ class Pair:
 
     def kwargs(self) -> dict[str, Any]:
         """The config's arguments, for this library and for PEFT."""
-        return {"target_modules": [TARGET], **copy.deepcopy(dict(self.options))}
+        targets = GEOMETRY_CASES[self.geometry].targets
+        return copy.deepcopy({**targets, **self.options})
 
     def subject(self, seed: int = 0) -> Subject:
         """A fresh model, the same for the same seed."""
@@ -162,7 +181,10 @@ def rows(*methods: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def pairs(*methods: str) -> Iterator[Pair]:
     """Every pair of these methods, or of all."""
     for method, options in rows(*methods):
-        for geometry in GEOMETRY_CASES:
+        config = CONFIGS[OWN_CONFIG.get(method, method)]
+        for geometry, case in GEOMETRY_CASES.items():
+            if not case.targets.keys() <= {f.name for f in fields(config)}:
+                continue  # the method's files cannot name this kind of layer
             for storage in STORAGES if geometry == "linear" else ONLY_DENSE:
                 yield Pair(method, geometry, storage, options)
 

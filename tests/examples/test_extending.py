@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,8 +27,6 @@ from tests.contracts.pairs import Pair
 from tests.storage.cases import CASES, Case
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-METHOD = list(suite.pairs("LORA_XS"))
-STORAGE = [Pair(m, "linear", "row-int8", options) for m, options in suite.rows()]
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -41,16 +40,31 @@ def load(name: str) -> ModuleType:
     return module
 
 
-@pytest.fixture(scope="module", autouse=True)
-def examples() -> Iterator[None]:
-    """Both are registered for these tests, and for no others."""
+@contextmanager
+def registered() -> Iterator[None]:
+    """Both examples, for the length of the block: no other test shall see them."""
     load("lora_xs")
     layer: Any = load("row_int8").RowInt8Linear
     CASES["row-int8"] = Case(layer, 0.01)
-    yield
-    del CASES["row-int8"]
-    METHODS.unregister("LORA_XS"), CONFIGS.unregister("LORA_XS")
-    GEOMETRIES.unregister(layer), STORAGES.unregister(layer)
+    try:
+        yield
+    finally:
+        del CASES["row-int8"]
+        METHODS.unregister("LORA_XS"), CONFIGS.unregister("LORA_XS")
+        GEOMETRIES.unregister(layer), STORAGES.unregister(layer)
+
+
+with registered():
+    METHOD = list(suite.pairs("LORA_XS"))
+    METHODS.unregister("LORA_XS")
+    STORAGE = [Pair(m, "linear", "row-int8", options) for m, options in suite.rows()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def examples() -> Iterator[None]:
+    """The examples at work."""
+    with registered():
+        yield
 
 
 @pytest.mark.parametrize("law", LAWS, ids=str)
