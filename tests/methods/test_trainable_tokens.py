@@ -62,7 +62,7 @@ class TestTrainableTokens(StartsLikePeft):
     kind = "TrainableTokensConfig"
     cases: ClassVar = {
         "embedding": Case("embedding", TOKENS),
-        "padding": Case(lambda: One(nn.Embedding(20, 8, padding_idx=2), (ROWS, 9)), TOKENS),
+        "padding": Case(lambda: One(nn.Embedding(20, 8, padding_idx=2), (ROWS, 40)), TOKENS),
         "linear layer": Case("linear wide", TOKENS),
         "random start": Case("embedding", TOKENS | {"init_weights": False}),
         "model": Case(lambda: Causal(oracle.llama()), TOKENS | {"target_modules": None}),
