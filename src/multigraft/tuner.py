@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from multigraft import merge as merging
+from multigraft.combine.facade import Combines
 from multigraft.config import PeftConfig, TargetedConfig
 from multigraft.containers import check_name
 from multigraft.errors import AdapterNameError, MultigraftWarning, StateError, UnsupportedError
@@ -31,7 +32,7 @@ from multigraft.ties import settle
 from multigraft.wrap import attach, detach, roster_of
 
 
-class Tuner(StepByStep, nn.Module):
+class Tuner(StepByStep, Combines, nn.Module):
     """Adapters on ``model``, in place. Two tuners of one model share its roster.
 
     Args:

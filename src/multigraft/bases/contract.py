@@ -126,6 +126,22 @@ class Geometry:
         """Two matrices whose product is `product`, where the weight is a matrix; else None."""
         return None
 
+    def pairs(self, layer: nn.Module, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """The independent pairs of matrices that A and B hold: groups, or experts, or one.
+
+        Returns:
+            ``(n, rank, in)`` and ``(n, out, rank)``; each product is a part of ΔW of its own.
+        """
+        return A.flatten(1)[None], B.flatten(1)[None]
+
+    def from_pairs(self, layer: nn.Module, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of `pairs`."""
+        return a[0], b[0]
+
+    def as_matrices(self, layer: nn.Module, W: Tensor) -> Tensor:
+        """What `product` gives, as the products of `pairs`: ``(n, out, in)``."""
+        return self.as_matrix(layer, W)[None]
+
     def add_product(
         self, layer: nn.Module, W: Tensor, A: Tensor, B: Tensor, scale: float
     ) -> Tensor:

@@ -62,6 +62,17 @@ class Conv(Geometry):
             )
         return torch.einsum("or,ri...->oi...", B.flatten(1), A)
 
+    def pairs(self, layer: nn.Module, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        groups = cast(Any, layer).groups
+        return A.flatten(1).unflatten(0, (groups, -1)), B.flatten(1).unflatten(0, (groups, -1))
+
+    def from_pairs(self, layer: nn.Module, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        kernel = cast(Any, layer).kernel_size
+        ones = (1,) * len(kernel)
+        return a.flatten(0, 1).unflatten(1, (-1, *kernel)), b.flatten(0, 1).unflatten(
+            1, (-1, *ones)
+        )
+
     def as_matrix(self, layer: nn.Module, W: Tensor) -> Tensor:
         return W.flatten(1)
 

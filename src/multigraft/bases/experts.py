@@ -47,11 +47,19 @@ class Experts(Geometry):
         # One operation: a stack of experts is most of a model, and a second one of ΔW too many.
         return torch.baddbmm(W, *self._factors(layer, A.to(W.dtype), B.to(W.dtype)), alpha=scale)
 
+    def pairs(self, layer: nn.Module, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        experts = len(self._stack(layer))
+        return A.unflatten(0, (experts, -1)), B.unflatten(1, (-1, experts)).permute(2, 0, 1)
+
+    def from_pairs(self, layer: nn.Module, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
+
+    def as_matrices(self, layer: nn.Module, W: Tensor) -> Tensor:
+        return W.mT if _is_transposed(layer) else W
+
     def _factors(self, layer: nn.Module, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """The two stacks whose product lies as the parameter does."""
-        experts = len(self._stack(layer))
-        a = A.unflatten(0, (experts, -1))  # (experts, rank, in)
-        b = B.unflatten(1, (-1, experts)).permute(2, 0, 1)  # (experts, out, rank)
+        a, b = self.pairs(layer, A, B)
         return (a.mT, b.mT) if _is_transposed(layer) else (b, a)
 
     def _stack(self, layer: nn.Module) -> Tensor:

@@ -23,6 +23,9 @@ class Variant:
     needs_weight: ClassVar[bool] = False
     needs_base: ClassVar[bool] = False
     has_exact_gradients: ClassVar[bool] = True
+    combines: ClassVar[bool] = False
+    """Whether adapters of it can be combined: `reset` gives, for any pair, tensors with which the
+    variant acts as the plain pair does, and changes of them add up."""
 
     @classmethod
     def selected(cls, config: Any) -> bool:

@@ -30,6 +30,7 @@ class DoRA(Variant):
 
     needs_weight = True
     needs_base = True
+    combines = True
     has_exact_gradients = False  # the norm is a constant to them, section 4.3 of the paper
 
     @classmethod

@@ -1,0 +1,179 @@
+"""What the tensors of a combined adapter are at one site, from those of its sources there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from multigraft.combine import svd
+from multigraft.combine.cat import Pair, side_by_side
+from multigraft.combine.contract import Options, Rule
+from multigraft.graft import Graft
+from multigraft.methods import Method
+from multigraft.methods.contract import Params
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source at one site, with the weight that the caller gives it."""
+
+    graft: Graft
+    weight: float
+
+
+def pair_at(method: Any, parts: Sequence[Part], rule: Rule, options: Options) -> dict[str, Tensor]:
+    """The tensors of the combined LoRA at its site, by name in memory.
+
+    Args:
+        method: the new LoRA there, whose rank is given.
+        parts: the sources that act there; other sources add nothing.
+    """
+    layer, geometry = method.site.layer, method.geometry
+    a, b = _combined(method, parts, rule, options)
+    rows = geometry.factor_shapes(layer, method.rank)[0][0] // len(a)
+    # Where fewer ranks are at work than the new adapter has, the others stay zero, as in PEFT.
+    a = F.pad(a, (0, 0, 0, rows - a.shape[1]))
+    b = F.pad(b, (0, rows - b.shape[2]))
+    A, B = geometry.from_pairs(layer, a, b)
+    params = {method.A: A.contiguous(), method.B: B.contiguous()}
+    if method.bias:
+        params[method.bias] = _output_bias(method, parts, rule, options)
+    if method.variant is not None:
+        params |= _variant_tensors(method, parts, rule, options)
+    return params
+
+
+def copies_at(
+    method: Method, parts: Sequence[Part], rule: Rule, options: Options
+) -> dict[str, Tensor]:
+    """Copies of base tensors (saved modules, biases, tokens): the changes of the base combined.
+
+        T = T_base + rule(T_1 - T_base, T_2 - T_base, …)
+
+    What is counted rather than trained (integers) is the first source's.
+    """
+    base = _base_values(method)
+    return {
+        name: _changed(base[name], [(p.graft.params[name], p.weight) for p in parts], rule, options)
+        for name in method.tensors()
+    }
+
+
+def _combined(method: Any, parts: Sequence[Part], rule: Rule, options: Options) -> Pair:
+    """The pair of the rule, in the geometry's independent pairs."""
+    layer, geometry = method.site.layer, method.geometry
+    dtype = _wide(t for p in parts for t in p.graft.params.values())
+    factors = [_factors(p.graft, dtype) for p in parts]
+    scales = [p.graft.method.scaling / method.scaling for p in parts]
+    weights = [p.weight for p in parts]
+    total = [w * s for w, s in zip(weights, scales, strict=True)]
+    if rule.on == "factors":
+        roots = [math.sqrt(abs(c)) for c in total]
+        signed = [math.copysign(r, c) for r, c in zip(roots, total, strict=True)]
+        A = rule.merge([A for A, _ in factors], signed, options)
+        B = rule.merge([B for _, B in factors], roots, options)
+        pair: Pair = geometry.pairs(layer, A, B)
+        return pair
+    if rule.on == "delta":
+        deltas = [geometry.product(layer, *f) * s for f, s in zip(factors, scales, strict=True)]
+        M = geometry.as_matrices(layer, rule.merge(deltas, weights, options))
+        return svd.of_matrix(M, _rank_each(method, len(M)), options)
+    a, b = side_by_side([geometry.pairs(layer, *f) for f in factors], total)
+    return svd.of_factors(a, b, _rank_each(method, len(a)), options) if rule.truncates else (a, b)
+
+
+def _rank_each(method: Any, pairs: int) -> int:
+    """The new rank of each independent pair."""
+    rows: int = method.geometry.factor_shapes(method.site.layer, method.rank)[0][0]
+    return rows // pairs
+
+
+def _factors(graft: Graft, dtype: torch.dtype) -> Pair:
+    A, B = (graft.params[name] for name in graft.method.geometry.factors)
+    return A.to(dtype), B.to(dtype)
+
+
+def _output_bias(method: Any, parts: Sequence[Part], rule: Rule, options: Options) -> Tensor:
+    """B's bias, which is scaled like B: relative to zero, its base value."""
+    own = [
+        (p.graft.params[method.bias] * (p.graft.method.scaling / method.scaling), p.weight)
+        for p in parts
+        if method.bias in p.graft.params
+    ]
+    site = method.site
+    zero = torch.zeros(method.tensors()[method.bias].shape, dtype=site.dtype, device=site.device)
+    return _changed(zero, own, rule, options)
+
+
+def _variant_tensors(
+    method: Any, parts: Sequence[Part], rule: Rule, options: Options
+) -> dict[str, Tensor]:
+    """The variant's own tensors, such as DoRA's magnitude, relative to those of no update.
+
+    A source without the variant has those with which the variant acts as its plain pair does.
+    """
+    params = parts[0].graft.params
+    still = _with_variant(method, method, {n: torch.zeros_like(t) for n, t in params.items()})
+    own = [
+        p.graft.params
+        if p.graft.method.variant is not None  # type: ignore[attr-defined]
+        else _with_variant(method, p.graft.method, p.graft.params)
+        for p in parts
+    ]
+    return {
+        name: _changed(
+            value, [(t[name], p.weight) for t, p in zip(own, parts, strict=True)], rule, options
+        )
+        for name, value in still.items()
+    }
+
+
+def _with_variant(method: Any, lora: Method, pair: Params) -> dict[str, Tensor]:
+    """The tensors of ``method``'s variant for the pair of ``lora``."""
+    dtype, device = _wide(pair.values()), method.site.device
+    fresh = {
+        name: torch.empty(spec.shape, dtype=dtype, device=device)
+        for name, spec in method.variant.tensors(method).items()
+    }
+    method.variant.reset(lora, {**pair, **fresh})
+    return fresh
+
+
+def _base_values(method: Method) -> Params:
+    """What the copies of a method hold before training: the base's own values."""
+    if method.kind == "replace":
+        return method.module().state_dict()
+    site = method.site
+    params = {
+        name: torch.empty(spec.shape, dtype=site.dtype, device=site.device)
+        for name, spec in method.tensors().items()
+    }
+    method.reset(params)
+    return params
+
+
+def _changed(
+    base: Tensor, own: Sequence[tuple[Tensor, float]], rule: Rule, options: Options
+) -> Tensor:
+    """``base`` plus the combined changes of it; the very tensor where there is nothing to do."""
+    if not own:
+        return base
+    values, weights = zip(*own, strict=True)
+    is_whole = rule.sparsify is None or options.density == 1
+    if not base.is_floating_point() or (len(own) == 1 and weights[0] == 1 and is_whole):
+        return values[0].clone()
+    dtype = _wide((base, *values))
+    wide = base.to(dtype)
+    return wide + rule.merge([v.to(dtype) - wide for v in values], weights, options)
+
+
+def _wide(tensors: Any) -> torch.dtype:
+    """The dtype to compute in: the widest among these, and at least float32."""
+    return reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
