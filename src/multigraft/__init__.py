@@ -21,6 +21,7 @@ from multigraft.errors import (
     TrainingError,
     UnsupportedError,
 )
+from multigraft.inspection import inspect
 from multigraft.kbit import prepare_model_for_kbit_training
 from multigraft.layer import AdaptedLayer
 from multigraft.methods.adalora import AdaLoraConfig
@@ -102,6 +103,7 @@ __all__ = [
     "get_peft_model",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
+    "inspect",
     "prepare_model_for_kbit_training",
     "set_peft_model_state_dict",
 ]

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from multigraft import LoraConfig, get_peft_model
 from multigraft.cli import screen
-from multigraft.inspection import describe, outline, render
+from multigraft.inspection import inspect, outline, render
 from multigraft.train import Progress
 from tests.subject import Net
 
@@ -80,7 +80,7 @@ def test_on_a_terminal_every_adapter_has_a_bar_and_waits_for_its_turn():
 
 def test_the_tree_that_is_drawn_is_the_outline():
     model = get_peft_model(Net(), LoraConfig(target_modules=["up", "head"]), adapter_name="a[b]")
-    structure = describe(model)
+    structure = inspect(model)
     board = console()
     board.print(screen.tree(structure))
     drawn = [" ".join(line.split()) for line in shown(board).splitlines()]

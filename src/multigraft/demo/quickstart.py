@@ -17,7 +17,7 @@ from torch import Tensor
 
 from multigraft import train as training
 from multigraft.demo import RECIPE, TASKS, Recipe, Task, examples, model_path
-from multigraft.inspection import Structure, describe
+from multigraft.inspection import Structure, inspect
 from multigraft.kbit import prepare_model_for_kbit_training
 from multigraft.methods.lora import LoraConfig
 from multigraft.model import PeftModel
@@ -137,7 +137,7 @@ class Quickstart:
 
     def structure(self) -> Structure:
         """What hangs where: the base, its sites, the adapters at each."""
-        return describe(self.model)
+        return inspect(self.model)
 
     def evaluate(self, task: Task) -> dict[str, float]:
         """Exact match of the base and of every adapter on one task's held-out examples.

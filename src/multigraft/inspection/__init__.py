@@ -6,7 +6,7 @@ from multigraft.inspection.structure import (
     SiteAdapter,
     SiteGroup,
     Structure,
-    describe,
+    inspect,
 )
 
 __all__ = [
@@ -15,7 +15,7 @@ __all__ = [
     "SiteAdapter",
     "SiteGroup",
     "Structure",
-    "describe",
+    "inspect",
     "outline",
     "render",
 ]

@@ -20,8 +20,10 @@ class Node:
 def outline(structure: Structure) -> Node:
     """The base at the root, a node for each group of sites, their adapters as siblings below."""
     adapters, sites = len(structure.adapters), len(structure.sites)
+    state = "one base" if structure.base_trainable else "one frozen base"
+    trainable = f" ({structure.base_trainable:,} trainable)" if structure.base_trainable else ""
     note = (
-        f"one frozen base of {structure.base_parameters:,} parameters, "
+        f"{state} of {structure.base_parameters:,} parameters{trainable}, "
         f"{adapters} adapter{'' if adapters == 1 else 's'} at "
         f"{sites} site{'' if sites == 1 else 's'}"
     )
@@ -43,8 +45,8 @@ def _group(group: SiteGroup) -> Node:
     times = f", {len(group.sites)} of them" if len(group.sites) > 1 else ""
     return Node(
         group.pattern,
-        f"{group.kind} {size}{stored}{times}",
-        tuple(_adapter(adapter) for adapter in group.adapters),
+        f"{'NESTED ' if group.is_nested else ''}{group.kind} {size}{stored}{times}",
+        tuple(map(_adapter, group.adapters)) + tuple(map(_group, group.inside)),
     )
 
 

@@ -7,15 +7,18 @@ which the law is broken: here a breach is described like everything else.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from multigraft.graft import Graft
+from multigraft.inspection.places import Part, Place, places, root_of
 from multigraft.layer import AdaptedLayer
-from multigraft.roster import Roster
-from multigraft.storage import holder, parameter_counts
+from multigraft.storage import holder, parameter_counts, storage_of
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class SiteAdapter:
             such as a low-rank pair and a bias, are joined by ``+``.
         rank: 0 for methods without one.
         parameters: how many numbers it holds there.
+        dtype, device: of its tensors; several are joined by ``+``.
     """
 
     name: str
@@ -37,17 +41,31 @@ class SiteAdapter:
     is_merged: bool
     is_trainable: bool
     parameters: int
+    dtype: str = ""
+    device: str = ""
 
 
 @dataclass(frozen=True)
 class AdaptedSite:
-    """An adapted layer: its base path, its base layer's kind, and its adapters in parallel."""
+    """An adapted layer: its base path, its base layer's kind, and its adapters in parallel.
+
+    Args:
+        parameters: how many numbers its base layer holds.
+        dtype, device: of the base layer's tensors.
+        inside: wrappers that lie inside this one, by their path in it.
+        is_nested: whether it lies inside another adapter's wrapper, which the law forbids.
+    """
 
     path: str
     kind: str
     storage: str
     shape: tuple[int, ...]
     adapters: tuple[SiteAdapter, ...]
+    parameters: int = 0
+    dtype: str = ""
+    device: str = ""
+    inside: tuple[AdaptedSite, ...] = ()
+    is_nested: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,7 +74,8 @@ class SiteGroup:
 
     Args:
         pattern: the path, with the indices in braces: ``model.layers.{0..3}.mlp.up_proj``.
-        adapters: as at each single site, their parameters summed over the group.
+        adapters: as at each single site, their parameters summed over the group; likewise the
+            base layers' ``parameters``.
     """
 
     pattern: str
@@ -65,11 +84,16 @@ class SiteGroup:
     shape: tuple[int, ...]
     adapters: tuple[SiteAdapter, ...]
     sites: tuple[AdaptedSite, ...]
+    parameters: int = 0
+    dtype: str = ""
+    device: str = ""
+    inside: tuple[SiteGroup, ...] = ()
+    is_nested: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Structure:
-    """A model and its adapters.
+    """A model and its adapters; prints as a tree.
 
     Args:
         base: class of the base model.
@@ -78,6 +102,7 @@ class Structure:
         sites: adapted layers, in the model's order.
         nested: paths of adapted layers that lie inside another one; the law says: none.
         contexts: adapters that change what the model is given; they act at no site.
+        base_trainable: how many of the base's parameters require gradients.
     """
 
     base: str
@@ -86,6 +111,7 @@ class Structure:
     sites: tuple[AdaptedSite, ...]
     nested: tuple[str, ...]
     contexts: tuple[SiteAdapter, ...] = ()
+    base_trainable: int = 0
 
     @property
     def is_flat(self) -> bool:
@@ -97,15 +123,28 @@ class Structure:
         """The sites with repeats folded: alike in everything but one index of the path."""
         found: dict[tuple, list[AdaptedSite]] = {}
         for site in self.sites:
-            key = (
-                _INDEX.sub(r"\1*", site.path),
-                site.kind,
-                site.storage,
-                site.shape,
-                site.adapters,
-            )
+            key = (_INDEX.sub(r"\1*", site.path), replace(site, path=""))
             found.setdefault(key, []).append(site)
         return tuple(_group(sites) for sites in found.values())
+
+    def __str__(self) -> str:
+        from multigraft.inspection.table import text
+
+        return text(self)
+
+    __repr__ = __str__
+
+    def __rich__(self) -> RenderableType:
+        """What rich prints: the same table, with its styles."""
+        from multigraft.inspection.table import rich_table
+
+        return rich_table(self)
+
+    def show(self) -> None:
+        """Print the tree: with rich where that is installed, else as plain text."""
+        from multigraft.inspection.table import show
+
+        show(self)
 
     def parameters_of(self, adapter: str) -> int:
         """How many numbers one adapter holds over all sites, and in the context."""
@@ -113,103 +152,129 @@ class Structure:
         return sum(a.parameters for place in places for a in place if a.name == adapter)
 
 
-def describe(model: nn.Module) -> Structure:
-    """The structure of a `PeftModel`, or of a model adapted in place."""
-    base_of = getattr(model, "get_base_model", None)
-    base = base_of() if callable(base_of) else model
-    layers = list(_outermost(base, set()))
-    own = {id(p) for layer in layers for g in layer.all_grafts() for p in _tensors(g)}
-    roster = layers[0].roster if layers else getattr(model, "roster", None)
+def inspect(model: nn.Module) -> Structure:
+    """The structure of a model with adapters, whoever put them there.
+
+    Args:
+        model: a `PeftModel`, a model that was adapted in place, or the same of PEFT's.
+    """
+    base, _ = root_of(model)
+    found = places(model)
+    own = {id(t) for p in found for q in p.all() for part in q.parts for t in part.tensors.values()}
+    roster = next((p.layer.roster for p in found if isinstance(p.layer, AdaptedLayer)), None)
+    roster = roster or getattr(model, "roster", None)
+    configs: Any = roster.configs if roster else getattr(model, "peft_config", None)
+    configs = configs or getattr(base, "peft_config", None)
+    names = configs if isinstance(configs, dict) else [a.name for p in found for a in p.parts]
+    counts = [(p, n) for p, n in parameter_counts(base) if id(p) not in own]
     return Structure(
         base=type(base).__name__,
-        base_parameters=sum(n for p, n in parameter_counts(base) if id(p) not in own),
-        adapters=tuple(roster.configs) if roster else (),
-        sites=tuple(_site(layer) for layer in layers),
-        nested=tuple(nested_layers(model)),
-        contexts=tuple(_contexts(roster)) if roster else (),
+        base_parameters=sum(n for _, n in counts),
+        adapters=tuple(dict.fromkeys(names)),
+        sites=tuple(_site(place, place.site) for place in found),
+        nested=tuple(p.path for place in found for p in place.all() if p.is_nested),
+        contexts=tuple(_contexts(model, roster)),
+        base_trainable=sum(n for p, n in counts if p.requires_grad),
     )
-
-
-def nested_layers(model: nn.Module) -> Iterator[str]:
-    """Module paths of adapted layers inside adapted layers, each as often as it is reached."""
-    for path, layer in model.named_modules():
-        if isinstance(layer, AdaptedLayer):
-            for below, module in layer.named_modules(prefix=path):
-                if module is not layer and isinstance(module, AdaptedLayer):
-                    yield below
-
-
-def _outermost(module: nn.Module, seen: set[int]) -> Iterator[AdaptedLayer]:
-    """Adapted layers that lie in no other one, each once, in the model's order."""
-    if id(module) in seen:
-        return
-    seen.add(id(module))
-    if isinstance(module, AdaptedLayer):
-        yield module
-        return
-    for child in module.children():
-        yield from _outermost(child, seen)
 
 
 _INDEX = re.compile(r"(^|\.)\d+(?=\.|$)")
 
 
-def _site(layer: AdaptedLayer) -> AdaptedSite:
-    has_weight = holder(layer.base_layer) is not None
+def _site(place: Place, path: str) -> AdaptedSite:
+    base = place.base
+    storage = place.layer.storage if isinstance(place.layer, AdaptedLayer) else storage_of(base)
+    has_weight = holder(base) is not None
+    tensors = place.base_parameters
+    own = set(map(id, tensors))
     return AdaptedSite(
-        path=layer.path,
-        kind=type(layer.base_layer).__name__,
-        storage=layer.storage.name,
-        shape=layer.storage.shape(layer.base_layer) if has_weight else (),
-        adapters=tuple(_adapter(layer, name, grafts) for name, grafts in layer.grafts.items()),
+        path=path,
+        kind=type(base).__name__,
+        storage=storage.name,
+        shape=storage.shape(base) if has_weight else (),
+        adapters=tuple(_adapter(part) for part in place.parts),
+        parameters=sum(n for p, n in parameter_counts(base) if id(p) in own),
+        dtype=_dtypes(tensors),
+        device=_devices(tensors),
+        inside=tuple(_site(p, p.within) for p in place.inside),
+        is_nested=place.is_nested,
     )
 
 
-def _adapter(layer: AdaptedLayer, name: str, grafts: Sequence[Graft]) -> SiteAdapter:
-    main = grafts[0].method
+def _adapter(part: Part) -> SiteAdapter:
+    tensors = part.tensors.values()
     return SiteAdapter(
-        name=name,
-        method="+".join(dict.fromkeys(g.method.name for g in grafts)),
-        rank=main.rank,
-        scaling=main.scaling,
-        is_active=layer.roster.enabled and name in layer.roster.active,
-        is_merged=name in layer.merged_adapters,
-        is_trainable=any(p.requires_grad for g in grafts for p in g.parameters()),
-        parameters=sum(t.numel() for g in grafts for t in _tensors(g)),
+        name=part.name,
+        method=part.method,
+        rank=part.rank,
+        scaling=part.scaling,
+        is_active=part.is_active,
+        is_merged=part.is_merged,
+        is_trainable=part.trains,
+        parameters=sum(t.numel() for t in tensors),
+        dtype=_dtypes(tensors),
+        device=_devices(tensors),
     )
 
 
-def _contexts(roster: Roster) -> Iterator[SiteAdapter]:
-    for name in roster.configs:
-        context = roster.context_of(name)
-        if context is not None:
-            own = list(context.parameters())
-            yield SiteAdapter(
+def _contexts(model: nn.Module, roster: Any) -> Iterator[SiteAdapter]:
+    """Adapters at no site: our contexts, or what PEFT holds at the handle as prompt encoders."""
+    if roster is not None:
+        acting = roster.acting()
+        held = [(name, roster.context_of(name)) for name in roster.configs]
+        found = [(name, context.name, context) for name, context in held if context is not None]
+    else:
+        encoders = model._modules.get("prompt_encoder")
+        acting = getattr(model, "active_adapters", [])
+        kinds = getattr(model, "peft_config", {})
+        found = [
+            (name, str(getattr(kinds[name].peft_type, "value", kinds[name].peft_type)), encoder)
+            for name, encoder in (encoders.named_children() if encoders is not None else ())
+            if name in kinds
+        ]
+    for name, method, context in found:
+        own = list(context.parameters())
+        yield _adapter(
+            Part(
                 name=name,
-                method=context.name,
+                method=method,
                 rank=0,
                 scaling=1.0,
-                is_active=roster.enabled and name in roster.active,
+                is_active=name in acting,
                 is_merged=False,
-                is_trainable=any(p.requires_grad for p in own),
-                parameters=sum(p.numel() for p in own),
+                tensors={str(number): p for number, p in enumerate(own)},
             )
+        )
 
 
-def _tensors(graft: Graft) -> list[nn.Parameter]:
-    return [t for t in graft.params.values() if isinstance(t, nn.Parameter)]
+def _dtypes(tensors: Iterable[Tensor]) -> str:
+    return "+".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors}))
+
+
+def _devices(tensors: Iterable[Tensor]) -> str:
+    return "+".join(sorted({str(t.device) for t in tensors}))
 
 
 def _group(sites: Sequence[AdaptedSite]) -> SiteGroup:
-    first = sites[0]
-    adapters = [
-        SiteAdapter(**{**vars(a), "parameters": a.parameters * len(sites)}) for a in first.adapters
-    ]
-    pattern = _fold([site.path for site in sites])
-    return SiteGroup(pattern, first.kind, first.storage, first.shape, tuple(adapters), tuple(sites))
+    first, times = sites[0], len(sites)
+    return SiteGroup(
+        pattern=fold([site.path for site in sites]),
+        kind=first.kind,
+        storage=first.storage,
+        shape=first.shape,
+        adapters=tuple(replace(a, parameters=a.parameters * times) for a in first.adapters),
+        sites=tuple(sites),
+        parameters=first.parameters * times,
+        dtype=first.dtype,
+        device=first.device,
+        inside=tuple(
+            replace(_group([inner] * times), pattern=inner.path) for inner in first.inside
+        ),
+        is_nested=first.is_nested,
+    )
 
 
-def _fold(paths: Sequence[str]) -> str:
+def fold(paths: Sequence[str]) -> str:
     """Paths that differ in indices alone as one pattern: ``{0..3}`` for a run, ``{0,2}`` else."""
     columns = zip(*(path.split(".") for path in paths), strict=True)
     parts = []
