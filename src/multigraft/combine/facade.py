@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from multigraft.combine.contract import Options
+from multigraft.combine.request import Request
 
 if TYPE_CHECKING:
     from multigraft.tuner import Tuner
@@ -51,7 +52,7 @@ class Combines:
             AdapterNameError: ``adapter_name`` is taken, or a source is unknown.
             ConfigError, UnsupportedError, TargetError: what is asked for cannot be had, and why.
         """
-        from multigraft.combine.weighted import Request, add_weighted  # which knows the tuner
+        from multigraft.combine.weighted import add_weighted  # which knows the tuner
 
         options = Options(density, majority_sign_method, svd_clamp, svd_driver)
         request = Request.of(adapters, weights, combination_type, svd_rank, options)

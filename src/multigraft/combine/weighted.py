@@ -2,76 +2,21 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from multigraft.combine.config import SiteKey, prepared_like
-from multigraft.combine.contract import RULES, Options, Rule
+from multigraft.combine.request import WHERE, Request
 from multigraft.combine.sites import Part, copies_at, pair_at
-from multigraft.errors import (
-    AdapterNameError,
-    ConfigError,
-    MergeError,
-    MultigraftWarning,
-    StateError,
-    UnsupportedError,
-)
+from multigraft.errors import MergeError, StateError, UnsupportedError
 from multigraft.graft import Graft
 from multigraft.keys import disk_names
 from multigraft.prepare import Prepared
 from multigraft.site import Site
 from multigraft.tuner import Tuner
-
-DRIVERS = (None, "gesvd", "gesvdj", "gesvda")
-WHERE = "add_weighted_adapter"
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be combined, and how: checked as far as no model is needed.
-
-    Args:
-        adapters: names of the sources; one may stand there twice.
-        weights: one for each, of either sign.
-        rule: how.
-        rank: of the result, for rules that truncate; the largest of the sources' by default.
-        options: of the rule.
-    """
-
-    adapters: tuple[str, ...]
-    weights: tuple[float, ...]
-    rule: Rule
-    rank: int | None
-    options: Options
-
-    @classmethod
-    def of(
-        cls,
-        adapters: Sequence[str],
-        weights: Sequence[float],
-        combination_type: str,
-        svd_rank: int | None,
-        options: Options,
-    ) -> Request:
-        """Check the arguments of `add_weighted_adapter`.
-
-        Raises:
-            ConfigError: a value is outside what its argument allows.
-            UnsupportedError: there is no such rule.
-        """
-        rule = RULES[combination_type]
-        if isinstance(adapters, str) or not adapters:
-            raise AdapterNameError(f"{WHERE}: `adapters` (={adapters!r}) must be a list of names.")
-        _check_weights(adapters, weights)
-        _check_options(rule, svd_rank, options)
-        return cls(tuple(adapters), tuple(map(float, weights)), rule, svd_rank, options)
-
 
 Sources = dict[tuple[SiteKey, str], list[Part]]
 """What acts at each (site, method), in the order of the adapters."""
@@ -111,7 +56,13 @@ def _values(prepared: Prepared, sources: Sources, request: Request) -> Iterator[
         if site.tied is not None:
             continue
         combine = copies_at if need.method.rides else pair_at
-        values = combine(method, parts, rule, options)
+        try:
+            values = combine(method, parts, rule, options)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise MergeError(
+                f"{site}: what {list(request.adapters)} give by `{rule.name}` has no singular "
+                f"value decomposition ({error}); nothing was added. Use smaller weights, or `cat`."
+            ) from error
         for name, spec in method.tensors().items():
             if not spec.saved:
                 continue
@@ -161,6 +112,7 @@ def _check_kinds(request: Request, configs: Sequence[Any]) -> None:
 
 
 def _check_sources(request: Request, sources: Sources) -> None:
+    _check_saved(sources)
     for ((path, parameter), _), parts in sources.items():
         where = f"{path}.{parameter}" if parameter else path
         for part in parts:
@@ -170,6 +122,19 @@ def _check_sources(request: Request, sources: Sources) -> None:
             raise UnsupportedError(
                 f"{WHERE}: `{request.rule.name}` adds up factors, which must have the same rank; "
                 f"at {where} they are {ranks}. Use `cat` or a rule that ends in `svd`."
+            )
+
+
+def _check_saved(sources: Sources) -> None:
+    """Refuse a layer that one source adapts inside a module of which another saves a copy."""
+    saved = {path: p[0].graft for ((path, _), name), p in sources.items() if name == "SAVED_MODULE"}
+    for ((path, _), name), parts in sources.items() if saved else ():
+        around = [p for p in saved if name == "LORA" and f"{path}.".startswith(f"{p}.")]
+        if around:
+            raise UnsupportedError(
+                f"{WHERE}: `{parts[0].graft.adapter}` adapts {path}, of which "
+                f"`{saved[around[0]].adapter}` saves a copy of its own: one adapter cannot do "
+                "both. Merge one of them into the base first, or activate both together."
             )
 
 
@@ -191,49 +156,6 @@ def _check_graft(where: str, graft: Graft) -> None:
                 f"{where}: `{name}` of `{graft.adapter}` holds NaN or infinity; nothing was "
                 "added. Retrain the adapter or load a good checkpoint."
             )
-
-
-def _check_weights(adapters: Sequence[str], weights: Sequence[float]) -> None:
-    if len(weights) != len(adapters):
-        raise ConfigError(
-            f"{WHERE}: `weights` ({len(weights)} given) must hold one number for each of the "
-            f"{len(adapters)} `adapters`."
-        )
-    for weight in weights:
-        if not math.isfinite(weight):
-            raise ConfigError(f"{WHERE}: `weights` (={list(weights)}) must be finite numbers.")
-
-
-def _check_options(rule: Rule, svd_rank: int | None, options: Options) -> None:
-    given, density = options, options.density
-    if rule.sparsify is not None and density is None:
-        raise ConfigError(
-            f"{WHERE}: `{rule.name}` needs `density`, the share of elements that stay: a number "
-            "above 0 and at most 1."
-        )
-    if density is not None and not 0 < density <= 1:
-        raise ConfigError(f"{WHERE}: `density` (={density}) must be above 0 and at most 1.")
-    if given.majority not in ("total", "frequency"):
-        raise ConfigError(
-            f"{WHERE}: `majority_sign_method` (={given.majority!r}) must be 'total' or 'frequency'."
-        )
-    if svd_rank is not None and (not isinstance(svd_rank, int) or svd_rank < 1):
-        raise ConfigError(f"{WHERE}: `svd_rank` (={svd_rank!r}) must be an integer of at least 1.")
-    if given.clamp is not None and not 0 < given.clamp <= 1:
-        raise ConfigError(
-            f"{WHERE}: `svd_clamp` (={given.clamp}) is a quantile: above 0 and at most 1."
-        )
-    if given.driver not in DRIVERS:
-        raise ConfigError(f"{WHERE}: `svd_driver` (={given.driver!r}) must be one of {DRIVERS}.")
-    unused = [] if rule.truncates or svd_rank is None else ["svd_rank"]
-    unused += [] if rule.truncates or given.clamp is None else ["svd_clamp"]
-    unused += [] if rule.sparsify or density is None else ["density"]
-    if unused:
-        warnings.warn(
-            f"{WHERE}: `{rule.name}` makes no use of {', '.join(f'`{n}`' for n in unused)}.",
-            MultigraftWarning,
-            stacklevel=5,
-        )
 
 
 def _held(parts: Sequence[Part]) -> Iterator[Tensor]:
