@@ -26,6 +26,8 @@ TORCH  := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
 help:
 	@sed -n 's/^#   //p' Makefile
 
+# Waiting threads sleep: on two cores that others use too, spinning ones made the demo ten times slower.
+demo: export OMP_WAIT_POLICY = PASSIVE
 demo: $(STAMP)
 	@$(BIN)/multigraft quickstart $(if $(QUANTIZE),--quantize $(QUANTIZE))
 

@@ -24,7 +24,8 @@ def quickstart(
     ] = Path("quickstart-output"),
     seed: Annotated[int, typer.Option(min=0, help="Decides initial values and order.")] = 0,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; torch's own choice by default.")
+        int | None,
+        typer.Option(min=1, help="CPU threads [default: torch's choice]; 1 on a busy machine."),
     ] = None,
     quantize: Annotated[
         str | None,
