@@ -14,6 +14,7 @@ peft = pytest.importorskip("peft")
 # Each fills ROWS, in the page's order.
 from tests.docs import rows_structure  # noqa: E402, F401, I001
 from tests.docs import rows_state  # noqa: E402, F401
+from tests.docs import rows_combine  # noqa: E402, F401
 from tests.docs import rows_files  # noqa: E402, F401
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "coming-from-peft.md"
