@@ -155,10 +155,16 @@ def gradients_agree(pair: Pair) -> None:
     for model in (ours, theirs):
         model(x).square().sum().backward()
     mine = {of_peft(n): p.grad for n, p in ours.named_parameters() if p.grad is not None}
-    other = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+    other = {in_ours(n): p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+    other.pop(f"base_model.model.{TARGET}.ranknum.a", None)  # a rank, thawed by loading a state
     assert mine.keys() == other.keys()
     for name, grad in mine.items():
         assert_near(grad, other[name], 10 * tolerance(pair))
+
+
+def in_ours(name: str) -> str:
+    """PEFT's trained tokens beside another method hang one module deeper."""
+    return name.replace(".token_adapter.", ".")
 
 
 def of_peft(name: str) -> str:
@@ -197,6 +203,9 @@ def files_of_either_load_in_the_other(pair: Pair) -> None:
 
 
 DEFECTS: dict[str, str] = {
+    r"(outputs|gradients)_agree-(TRAINABLE_TOKENS|TOKEN_ADAPTER).*-linear-": (
+        "PEFT drops the bias of a linear layer whose rows are trained tokens"
+    ),
     r"gradients_agree-LOHA.*effective_conv2d=True.*-conv[12]d-": (
         "PEFT's hand-written backward of LoHa's factored kernels is not the gradient of its forward"
     ),
