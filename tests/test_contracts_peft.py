@@ -28,6 +28,6 @@ def cases() -> Iterator[object]:
                 yield pytest.param(law, pair, marks=marks, id=f"{law}-{pair}")
 
 
-@pytest.mark.parametrize(("law", "pair"), cases())
+@pytest.mark.parametrize(("law", "pair"), list(cases()))
 def test_agreement(law: Agreement, pair: Pair) -> None:
     law(pair)
