@@ -15,6 +15,7 @@ from bench import _report
 
 COLUMNS = {
     "attach": {"total ms", "last / 2nd"},
+    "combine": {"rule", "CPU ms", "distance from the sum"},
     "import_time": {"ms", "modules"},
     "load_save": {"operation", "CPU ms among 4"},
     "merge": {"merge, CPU ms", "error / rounding", "% changed after unmerge"},

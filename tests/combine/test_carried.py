@@ -85,6 +85,14 @@ def plain(model: Any) -> dict[str, Tensor]:
     }
 
 
+def test_the_result_is_a_plain_lora_of_scale_one() -> None:
+    model = combine(ours(options(use_rslora=True, alpha_pattern={"lin": 3})), "cat", [1.0])
+    config = model.peft_config["sum"]
+    assert (config.use_rslora, config.r, config.lora_alpha) == (False, 4, 4)
+    assert config.alpha_pattern == {}
+    assert {layer.scaling["sum"] for layer in model.base_model.layers()} == {1.0}
+
+
 def test_a_scale_that_was_set_is_carried() -> None:
     model = ours(options())
     for layer in model.base_model.layers():
