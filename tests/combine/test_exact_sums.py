@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from multigraft import LoraConfig, PeftModel, get_peft_model_state_dict
@@ -167,6 +168,31 @@ def test_decomposing_the_factors_is_decomposing_the_product(ranks: int, rank: in
     torch.testing.assert_close(norms[0][:, :count], norms[1][:, :count])
     eye = torch.eye(thin_a.shape[1], dtype=torch.float64).expand(2, -1, -1)
     torch.testing.assert_close(thin_a @ thin_a.mT, eye)
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that an operator makes."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = out if isinstance(out, (tuple, list)) else (out,)
+        sizes = [t.numel() for t in made if isinstance(t, Tensor)]
+        self.size = max(self.size, *sizes, 0)
+        return out
+
+
+@pytest.mark.parametrize(("rule", "is_dense"), [("svd", False), ("cat", False), ("ties_svd", True)])
+def test_only_dense_rules_make_the_dense_product(rule: str, is_dense: bool) -> None:
+    model = PeftModel(One(nn.Linear(90, 110)), None)
+    for name in "ab":
+        model.add_adapter(name, LoraConfig(target_modules=["layer"], r=3))
+    density = {"density": 0.5} if is_dense else {}
+    with Largest() as largest:
+        model.add_weighted_adapter(["a", "b"], [W1, W2], "sum", rule, **density)
+    assert (largest.size >= 90 * 110) == is_dense
+    assert largest.size >= 6 * 110
 
 
 def test_a_grouped_convolution_is_combined_densely_by_no_rule() -> None:

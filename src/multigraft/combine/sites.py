@@ -70,7 +70,7 @@ def _combined(method: Any, parts: Sequence[Part], rule: Rule, options: Options) 
     """The pair of the rule, in the geometry's independent pairs."""
     layer, geometry = method.site.layer, method.geometry
     dtype = _wide(t for p in parts for t in p.graft.params.values())
-    factors = [_factors(p.graft, dtype) for p in parts]
+    factors = [_factors(p.graft, dtype, method.site.device) for p in parts]
     scales = [p.graft.method.scaling / method.scaling for p in parts]
     weights = [p.weight for p in parts]
     total = [w * s for w, s in zip(weights, scales, strict=True)]
@@ -95,9 +95,9 @@ def _rank_each(method: Any, pairs: int) -> int:
     return rows // pairs
 
 
-def _factors(graft: Graft, dtype: torch.dtype) -> Pair:
+def _factors(graft: Graft, dtype: torch.dtype, device: torch.device) -> Pair:
     A, B = (graft.params[name] for name in graft.method.geometry.factors)
-    return A.to(dtype), B.to(dtype)
+    return A.to(device, dtype), B.to(device, dtype)
 
 
 def _output_bias(method: Any, parts: Sequence[Part], rule: Rule, options: Options) -> Tensor:
@@ -171,7 +171,7 @@ def _changed(
         return values[0].clone()
     dtype = _wide((base, *values))
     wide = base.to(dtype)
-    return wide + rule.merge([v.to(dtype) - wide for v in values], weights, options)
+    return wide + rule.merge([v.to(wide) - wide for v in values], weights, options)
 
 
 def _wide(tensors: Any) -> torch.dtype:
