@@ -94,7 +94,7 @@ alone. Both are tuples of `law`, `path`, `problem` and `remedy`.
 - **half merged**: an adapter that is merged at some of its sites only.
 - **merged and active**: an adapter that counts twice, or is shut out by one that is merged; a note
   where it is trainable while merged.
-- **non-finite values**: NaN or infinity in any parameter.
+- **non-finite values**: NaN or infinity in any parameter that is not packed (quantised).
 - **device or dtype**: tensors that are not where their base layer is, that hold no values yet, or
   whose dtype fits nothing beside them.
 - **dead adapters** (note): additive adapters whose change is zero; new ones are so everywhere.

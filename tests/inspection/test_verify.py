@@ -23,6 +23,9 @@ from multigraft import (
 )
 from multigraft.inspection.checks import CHECKS
 from multigraft.merge import merged_value
+from tests.contracts.at_work import attach
+from tests.contracts.laws import is_supported
+from tests.contracts.pairs import pairs, rows
 from tests.subject import Net
 
 
@@ -138,6 +141,18 @@ def test_verifying_changes_nothing():
     verify(model)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert [p.requires_grad for p in model.parameters()] == flags
+
+
+@pytest.mark.parametrize("method", sorted({method for method, _ in rows()}))
+def test_every_method_on_every_layer_in_every_storage_is_clean(method):
+    chosen = [pair for pair in pairs(method) if is_supported(pair)]
+    assert chosen
+    for pair in chosen:
+        model = attach(pair)
+        report = verify(model)
+        assert report.is_clean, f"{pair}: {report}"
+        assert {note.law for note in report.notes} <= {"oversized adapters"}, f"{pair}: {report}"
+        assert multigraft.inspect(model).parameters_of("a") > 0
 
 
 # Each breach.

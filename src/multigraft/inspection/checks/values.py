@@ -18,7 +18,7 @@ _PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embeddi
 @check("non-finite values")
 @torch.no_grad()
 def non_finite_values(subject: Subject) -> Iterator[Violation]:
-    """NaN or infinity in any parameter, of the base or of an adapter."""
+    """NaN or infinity in any parameter, of the base or of an adapter, that is a plain tensor."""
     for path, parameter in subject.model.named_parameters():
         if _has_values(parameter) and parameter.numel() and not _is_finite(parameter):
             yield Violation(
@@ -34,11 +34,11 @@ def devices_and_dtypes(subject: Subject) -> Iterator[Violation]:
     """Adapter tensors where the base layer is not, or in a dtype that fits nothing beside them."""
     for place, part in subject.parts:
         tensors = [t for t in part.tensors.values() if t.is_floating_point()]
-        base = [p for p in place.base_parameters if id(p) not in set(map(id, tensors))]
-        for problem, remedy in _misplaced(part, tensors, base):
-            yield Violation("device or dtype", place.path, problem, remedy)
-        wide = storage_of(place.base).compute_dtype(place.base) if _is_copy(part) is False else None
-        for problem, remedy in _mistyped(part, tensors, wide):
+        found = [
+            *_misplaced(part, tensors, place.base_parameters),
+            *_mistyped(place, part, tensors),
+        ]
+        for problem, remedy in found:
             yield Violation("device or dtype", place.path, problem, remedy)
 
 
@@ -108,12 +108,13 @@ def _misplaced(
         )
 
 
-def _mistyped(
-    part: Part, tensors: list[Tensor], base: torch.dtype | None
-) -> Iterator[tuple[str, str]]:
+def _mistyped(place: Place, part: Part, tensors: list[Tensor]) -> Iterator[tuple[str, str]]:
+    if part.method == "SAVED_MODULE" or "+" in part.method:
+        return  # a copy has the dtypes of its module, and so has a bias beside an adapter
+    base = storage_of(place.base).compute_dtype(place.base)
     kinds = {t.dtype for t in tensors}
     names = ", ".join(sorted(str(k).removeprefix("torch.") for k in kinds))
-    if len(kinds) > 1 and _is_copy(part) is False:
+    if len(kinds) > 1:
         yield (
             f"`{part.name}` holds tensors of several dtypes ({names}).",
             "Convert them to one: model.to(dtype), or load the adapter again.",
@@ -124,11 +125,6 @@ def _mistyped(
             f"{str(base).removeprefix('torch.')}.",
             "Convert the adapter to the base's dtype or to float32.",
         )
-
-
-def _is_copy(part: Part) -> bool:
-    """Whether it is a trained copy of a module, whose tensors have the module's own dtypes."""
-    return part.method == "SAVED_MODULE" or "+" in part.method
 
 
 @torch.no_grad()
@@ -142,11 +138,13 @@ def _delta_norm(part: Part) -> float | None:
     graft = part.grafts[0]
     if graft.method.kind != "additive" or graft.site.geometry is None:
         return None
-    pair = graft.method.low_rank(graft.params)
+    params = graft.params
+    pair = graft.method.low_rank(params)
     if pair is not None:
         return _pair_norm(*pair)
-    W = graft.site.weight() if graft.method.needs_weight else None
-    return float(graft.method.delta(graft.params, W).float().norm())
+    dtype = next(iter(params.values())).dtype
+    W = graft.site.weight().to(dtype) if graft.method.needs_weight else None
+    return float(graft.method.delta(params, W).float().norm())
 
 
 def _pair_norm(A: Tensor, B: Tensor, scale: float) -> float:
@@ -166,6 +164,9 @@ def _base_norm(place: Place, part: Part) -> float | None:
 
 
 def _has_values(tensor: Tensor) -> bool:
+    """Whether there are numbers to look at: packed formats hold them in tensors of other types."""
+    if type(tensor.detach()) is not Tensor:
+        return False
     return tensor.is_floating_point() and not tensor.is_meta
 
 
