@@ -110,6 +110,16 @@ def test_a_model_that_was_injected_into_is_shown_the_same():
     assert inspect(injected) == inspect(adapted())
 
 
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_wrappers_of_torch_are_seen_through(wrap):
+    model = trained(nest_in_base(adapted()))
+    structure = inspect(wrap(model))
+    assert structure.sites == inspect(model).sites
+    (path,) = structure.nested
+    assert wrap(model).get_submodule(path) is model.get_submodule(inspect(model).nested[0])
+    assert len(verify(wrap(model)).violations) == len(verify(model).violations)
+
+
 def test_prompts_stand_in_the_context():
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     model = peft.get_peft_model(llama(tied=False).unload(), config)

@@ -124,8 +124,11 @@ def root_of(model: nn.Module) -> tuple[nn.Module, str]:
 
 
 def handles(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The model and whatever it is a handle of, down to the base model, each with its path."""
-    path = ""
+    """The model and whatever it is a handle of, down to the base model, each with its path.
+
+    Wrappers of torch (compiled, data-parallel) are seen through.
+    """
+    path, model = _through("", model)
     yield path, model
     while "base_model" in model._modules:
         base = base_of(model)
@@ -133,8 +136,19 @@ def handles(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if not isinstance(found, nn.Module) or found is model:
             return
         below = next((name for name, m in model.named_modules() if m is found), "")
-        path, model = _join(path, below), found
+        path, model = _through(_join(path, below), found)
         yield path, model
+
+
+def _through(path: str, model: nn.Module) -> tuple[str, nn.Module]:
+    """What wrappers of torch hold, and its path."""
+    while TRANSPARENT_TYPES.find(type(model)):
+        name = next((n for n in model._modules if n in TRANSPARENT), None)
+        child = model._modules[name] if name is not None else None
+        if name is None or child is None:
+            break
+        path, model = _join(path, name), child
+    return path, model
 
 
 def base_view(

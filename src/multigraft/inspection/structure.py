@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from multigraft.inspection.places import Part, Place, places, root_of
+from multigraft.inspection.places import Part, Place, handles, places, root_of
 from multigraft.layer import AdaptedLayer
 from multigraft.storage import holder, parameter_counts, storage_of
 
@@ -159,11 +159,12 @@ def inspect(model: nn.Module) -> Structure:
         model: a `PeftModel`, a model that was adapted in place, or the same of PEFT's.
     """
     base, _ = root_of(model)
+    _, handle = next(handles(model))
     found = places(model)
     own = {id(t) for p in found for q in p.all() for part in q.parts for t in part.tensors.values()}
     roster = next((p.layer.roster for p in found if isinstance(p.layer, AdaptedLayer)), None)
-    roster = roster or getattr(model, "roster", None)
-    configs: Any = roster.configs if roster else getattr(model, "peft_config", None)
+    roster = roster or getattr(handle, "roster", None)
+    configs: Any = roster.configs if roster else getattr(handle, "peft_config", None)
     configs = configs or getattr(base, "peft_config", None)
     names = configs if isinstance(configs, dict) else [a.name for p in found for a in p.parts]
     counts = [(p, n) for p, n in parameter_counts(base) if id(p) not in own]
@@ -173,7 +174,7 @@ def inspect(model: nn.Module) -> Structure:
         adapters=tuple(dict.fromkeys(names)),
         sites=tuple(_site(place, place.site) for place in found),
         nested=tuple(p.path for place in found for p in place.all() if p.is_nested),
-        contexts=tuple(_contexts(model, roster)),
+        contexts=tuple(_contexts(handle, roster)),
         base_trainable=sum(n for p, n in counts if p.requires_grad),
     )
 

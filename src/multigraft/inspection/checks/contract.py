@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from multigraft.inspection.places import Part, Place, base_view, places, root_of
+from multigraft.inspection.places import Part, Place, base_view, handles, places, root_of
 from multigraft.layer import AdaptedLayer
 from multigraft.registry import Registry
 from multigraft.roster import Roster
@@ -64,8 +64,9 @@ class Subject:
     @property
     def foreign_configs(self) -> dict[str, Any]:
         """PEFT's configs by adapter, read by attribute; none of ours."""
-        found = getattr(self.model, "peft_config", None) or getattr(self.base, "peft_config", None)
-        is_foreign = isinstance(found, dict) and any(not p.is_ours for p in self.places)
+        held = (getattr(model, "peft_config", None) for _, model in handles(self.model))
+        found = next((configs for configs in held if configs), None)
+        is_foreign = any(not place.is_ours for place in self.places)
         return found if is_foreign and isinstance(found, dict) else {}
 
     @cached_property
