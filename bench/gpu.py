@@ -107,11 +107,21 @@ def measure(arms: Arms, runs: int) -> tuple[dict[str, list[float]], dict[str, fl
     return times, peaks
 
 
-def training(report: Report, runs: int, title: str, shape: tuple[int, int], **options: Any) -> None:
+def training(
+    report: Report,
+    runs: int,
+    title: str,
+    shape: tuple[int, int],
+    compiled: bool = False,
+    **options: Any,
+) -> None:
     """A step of the floor, ours and PEFT's on equal models."""
     ids = torch.randint(32000, shape, device="cuda")
     models = {"floor": base()}
     models |= {arm: adapt(arm, base(), **options) for arm in ("multigraft", "peft")}
+    if compiled:
+        for model in models.values():
+            model.compile()
     show(report, title, {arm: train_step(m.train(), ids) for arm, m in models.items()}, runs)
 
 
@@ -177,6 +187,7 @@ def rows(report: Report, runs: int) -> dict[str, Callable[[], None]]:
         "training 4 x 2048, dropout 0.05": lambda t: training(
             report, runs, t, step, lora_dropout=0.05
         ),
+        "training 4 x 2048, compiled": lambda t: training(report, runs, t, step, compiled=True),
         "decode 64 rows, 1 adapter": lambda t: inference(report, runs, t, (64, 1), 1),
         "decode 64 rows, 64 adapters": lambda t: inference(report, few, t, (64, 1), 64),
         "prefill 16 x 1024, 16 adapters": lambda t: inference(report, few, t, (16, 1024), 16),
