@@ -37,7 +37,7 @@ class Report:
 
     def __init__(self, name: str, about: str = "", command: str = ""):
         self.name = name
-        self.about = about
+        self.about = about.strip()
         self.command = command or own_command()
         self.rows: list[dict[str, Any]] = []
         self.notes: list[str] = []

@@ -14,6 +14,8 @@ from _arms import ARMS, Stack, arguments, config, finish, library, llama, ratio,
 from _report import Report
 
 WIDTH = 1024
+LEAST = 100.0
+"""Milliseconds of one measurement; short steps are repeated until they fill it."""
 SHAPES = {
     "llama 1 x 16": ("llama", torch.float32, (1, 16), {}),
     "llama 4 x 128": ("llama", torch.float32, (4, 128), {}),
@@ -54,20 +56,25 @@ def arms(
     return steps
 
 
+def many(call: Callable[[], None], count: int) -> tuple[float, float]:
+    """Milliseconds of one of ``count`` calls in succession: by the clock, and of the processor."""
+    wall, cpu = timed(lambda: [call() for _ in range(count)])
+    return wall / count, cpu / count
+
+
 def main() -> None:
     """One row for each shape and library; the two take turns, step by step."""
     options = arguments(__doc__, runs=15).parse_args()
     report = Report("step", __doc__)
     for shape, case in (SMALLEST if options.smallest else SHAPES).items():
         steps = arms(*case)
-        wall: dict[str, list[float]] = {arm: [] for arm in ARMS}
-        cpu: dict[str, list[float]] = {arm: [] for arm in ARMS}
-        for run in range(options.runs + 2):
+        times = {arm: [many(steps[arm], 1)] for arm in ARMS for _ in range(2)}  # and warm up
+        count = max(1, round(LEAST / times[ARMS[0]][0][0]))
+        times = {arm: [] for arm in ARMS}
+        for run in range(options.runs):
             for arm in ARMS if run % 2 else reversed(ARMS):
-                took = timed(steps[arm])
-                if run > 1:
-                    wall[arm].append(took[0])
-                    cpu[arm].append(took[1])
+                times[arm].append(many(steps[arm], count))
+        wall, cpu = ({arm: [t[i] for t in times[arm]] for arm in ARMS} for i in (0, 1))
         for arm in ARMS:
             columns = {
                 "shape": shape,
@@ -82,8 +89,8 @@ def main() -> None:
             report.row(**columns)
     report.note(
         "llama: 8 layers of hidden size 512, 56 of whose layers are adapted; batch x tokens. "
-        "Rank 8 unless named. Medians and quartiles over steps in one process; the ratios "
-        "are those of two steps in succession."
+        "Rank 8 unless named. Medians and quartiles over measurements in one process, each of one "
+        f"step, or of as many as take {LEAST:.0f} ms; the ratios are those of two in succession."
     )
     finish(report, options.output)
 

@@ -80,6 +80,11 @@ class AdapterDict(nn.Module):
     def __len__(self) -> int:
         return len(self._names())
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no adapter has anything here; takes no longer among many adapters."""
+        return not (self._modules or self._parameters or self._buffers)
+
     def keys(self) -> list[str]:
         """Adapter names, in order of addition."""
         return list(self)

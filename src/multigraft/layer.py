@@ -298,7 +298,7 @@ class AdaptedLayer(LayerFacade, nn.Module):
         for group, container in list(self._modules.items()):
             if isinstance(container, AdapterDict):
                 del container[adapter]
-                if not len(container):
+                if container.is_empty:
                     del self._modules[group]
         return grafts
 
