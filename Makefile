@@ -5,6 +5,7 @@
 #   make lint     the first three of these
 #   make format   let ruff rewrite what it can
 #   make bench    every script in bench/, against PEFT and the frozen base; writes bench/results/
+#   make bench-gpu  the same on one CUDA GPU
 #   make clean    remove .venv and everything built
 #
 # JOBS=4 make test runs that many test processes; PYTHON=python3.12 picks the interpreter of a new .venv;
@@ -20,7 +21,7 @@ STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 TORCH  := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
 
-.PHONY: help demo test lint format bench clean fresh-venv
+.PHONY: help demo test lint format bench bench-gpu clean fresh-venv
 .DEFAULT_GOAL := help
 
 help:
@@ -46,7 +47,11 @@ format: $(STAMP)
 	@$(BIN)/ruff format -q .
 
 bench: $(STAMP)
-	@set -e; for script in bench/[!_]*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	@set -e; for script in $(filter-out bench/gpu.py,$(wildcard bench/[!_]*.py)); do \
+		echo "== $$script"; $(BIN)/python $$script; done
+
+bench-gpu: $(STAMP)
+	@$(BIN)/python bench/gpu.py
 
 clean:
 	rm -rf $(VENV) build dist quickstart-output .pytest_cache .ruff_cache .mypy_cache .hypothesis
