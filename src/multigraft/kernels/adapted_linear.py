@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from multigraft.kernels.node import Node
+
 MANY_TOKENS = 1024
 """From so many tokens on, writing the narrow product first saves a pass over y."""
 
@@ -79,7 +81,7 @@ def _scaled(left: Tensor, right: Tensor, scale: float) -> Tensor:
     return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
 
 
-class _AdaptedLinear(torch.autograd.Function):
+class _AdaptedLinear(Node):
     generate_vmap_rule = True
 
     @staticmethod

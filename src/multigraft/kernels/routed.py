@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from multigraft.kernels.node import Node
+
 
 def routed_reference(
     y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Tensor, owner: Tensor
@@ -89,7 +91,7 @@ def grouped_linear(
     return y
 
 
-class _GroupedLinear(torch.autograd.Function):
+class _GroupedLinear(Node):
     """As `adapted_linear`, with a batch of pairs: the narrow product first, the base's onto it."""
 
     generate_vmap_rule = True
