@@ -124,6 +124,21 @@ def test_tensors_of_one_memory_or_not_contiguous_are_written_as_their_values(
     assert torch.equal(written["base_model.model.a.first"], whole[0])
 
 
+def test_tensors_that_lie_as_the_file_wants_them_are_not_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = Subject()
+    model = get_peft_model(subject.base, subject.config())
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a tensor was copied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "clone", refuse)
+        model.save_pretrained(tmp_path)
+    assert len(read(tmp_path / "adapter_model.safetensors")) == 10
+
+
 def test_a_card_names_the_base_and_the_method(tmp_path: Path) -> None:
     config = LoraConfig(base_model_name_or_path="someone/base")
     save(tmp_path, {tmp_path: (config, {})})

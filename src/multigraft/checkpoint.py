@@ -271,11 +271,17 @@ def _require_values(key: str, tensor: Tensor) -> None:
 
 
 def _write_tensors(state: Mapping[str, Tensor], path: Path) -> None:
-    # The format refuses tensors that share memory (a stand-in's tied weights, say): copies do not.
-    tensors = {
-        full_key(key): tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
-        for key, tensor in state.items()
-    }
+    tensors: dict[str, Tensor] = {}
+    memories: set[int] = set()
+    for key, tensor in state.items():
+        tensor = tensor.detach().to("cpu")
+        memory = tensor.untyped_storage().data_ptr()
+        # The format refuses tensors that share memory (a stand-in's tied weights, say): copies do
+        # not. Others are written from where they lie.
+        if memory in memories or not tensor.is_contiguous():
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        memories.add(memory)
+        tensors[full_key(key)] = tensor
     try:
         save_file(tensors, path, {"format": "pt"})
     except SafetensorError as error:  # in which it wraps what the disk says
