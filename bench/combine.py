@@ -6,6 +6,7 @@ factors; PEFT the dense product. `ties_svd` needs the dense product in both.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,7 +50,8 @@ def rows(report: Report, rule: str, size: int, runs: int) -> None:
     for _ in range(runs):
         for arm, model in models.items():
             add = model.base_model.add_weighted_adapter
-            times[arm].append(timed(lambda: add(["a", "b"], WEIGHTS, "sum", rule, **density))[1])  # noqa: B023
+            call = partial(add, ["a", "b"], WEIGHTS, "sum", rule, **density)
+            times[arm].append(timed(call)[1])
             errors[arm] = error(model)
             model.delete_adapter("sum")
     for arm in ARMS:

@@ -263,4 +263,5 @@ class Scaling(MutableMapping[str, float]):
                 f"{self._layer.path}: the scaling of `{adapter}` cannot change while it is merged "
                 "into the base. Call unmerge_adapter() first."
             )
+        self._layer.roster.forget_stacks()
         return [graft for name, graft in self._layer._main() if name == adapter]

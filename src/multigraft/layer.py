@@ -267,6 +267,7 @@ class AdaptedLayer(LayerFacade, nn.Module):
 
     def add(self, graft: Graft, tensors: dict[str, Tensor]) -> None:
         """Register one adapter's tensors here; the caller has checked that the name is free."""
+        self.roster.forget_stacks()
         graft.site.kept = self.kept
         self.grafts.setdefault(graft.adapter, []).append(graft)
         for name, tensor in tensors.items():
@@ -283,6 +284,7 @@ class AdaptedLayer(LayerFacade, nn.Module):
 
     def add_stand_in(self, graft: Graft, module: nn.Module) -> None:
         """Register a trained copy of the base layer under ``modules_to_save.<adapter>``."""
+        self.roster.forget_stacks()
         graft.site.kept = self.kept
         self.grafts.setdefault(graft.adapter, []).append(graft)
         owner, key = self._group(graft.method.prefix).place(graft.adapter, graft.site.label, "")
@@ -294,6 +296,7 @@ class AdaptedLayer(LayerFacade, nn.Module):
 
     def remove(self, adapter: str) -> list[Graft]:
         """Take one adapter's tensors out; returns its grafts, with their tensors still held."""
+        self.roster.forget_stacks()
         grafts = self.grafts.pop(adapter, [])
         for group, container in list(self._modules.items()):
             if isinstance(container, AdapterDict):

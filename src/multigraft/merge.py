@@ -253,19 +253,32 @@ def _check(layer: AdaptedLayer, grafts: Sequence[Graft], keep_original: bool) ->
                 f"{layer.path}: {graft.method.name} cannot be taken out by subtraction; merge it "
                 "with keep_original=True."
             )
-        for name, tensor in graft.params.items():
-            if tensor.is_meta:
-                raise StateError(
-                    f"{layer.path}: `{name}` of `{graft.adapter}` is on the meta device and holds "
-                    "no values; load the adapter before merging it."
-                )
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise MergeError(
-                    f"{layer.path}: `{name}` of `{graft.adapter}` holds NaN or infinity; nothing "
-                    "was merged. Retrain the adapter or load a good checkpoint."
-                )
+        check_values(graft, layer.path, "merging it", "merged")
     _check_tensors(layer, grafts, keep_original)
     layer.plan_for(layer.roster.acting(), [*layer.merged_grafts, *grafts])
+
+
+def check_values(graft: Graft, where: str, doing: str, done: str) -> None:
+    """Fail unless every value of the graft is there and finite.
+
+    Args:
+        where, doing, done: for the message: the place, ``"merging it"``, ``"merged"``.
+
+    Raises:
+        StateError: a tensor is on the meta device.
+        MergeError: a tensor holds NaN or infinity.
+    """
+    for name, tensor in graft.params.items():
+        if tensor.is_meta:
+            raise StateError(
+                f"{where}: `{name}` of `{graft.adapter}` is on the meta device and holds no "
+                f"values; load the adapter before {doing}."
+            )
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise MergeError(
+                f"{where}: `{name}` of `{graft.adapter}` holds NaN or infinity; nothing was "
+                f"{done}. Retrain the adapter or load a good checkpoint."
+            )
 
 
 def _check_tensors(layer: AdaptedLayer, grafts: Sequence[Graft], keep_original: bool) -> None:

@@ -79,7 +79,9 @@ def _company(layer: AdaptedLayer, route: Route, x: Tensor, adapters: Sequence[st
             alone.append(adapter)
     bank = Bank(list(pairs.values()), x.dtype) if pairs else None
     company = Company(tuple(pairs), tuple(alone), bank, x.dtype, layer.training)
-    if not torch.is_grad_enabled():
+    if torch.is_grad_enabled():
+        route.companies.pop(id(layer), None)  # a step may follow, and change what was stacked
+    else:
         route.companies[id(layer)] = company
     return company
 

@@ -24,7 +24,7 @@ from multigraft.loading import load_into
 from multigraft.prepare import own_copy
 from multigraft.prompts.facade import PromptFacade
 from multigraft.roster import Roster
-from multigraft.routing import Route, check_names
+from multigraft.routing import Route, check_names, check_present
 from multigraft.schedule import penalised
 from multigraft.state import embedding_weights
 from multigraft.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
@@ -148,8 +148,8 @@ class PeftModel(PromptFacade, nn.Module):
     def mixed_batch(self, adapter_names: Sequence[str]) -> Iterator[None]:
         """Every call in the block is row by row with these adapters; what they share is made once.
 
-        For loops of one's own over `forward`; values of adapters must not change inside the block.
-        Names and errors are `forward`'s.
+        For loops of one's own over `forward`, whose names and errors it has. Written by hand inside
+        the block (``parameter.data``), an adapter's values may not be seen before its end.
         """
         check_names(adapter_names, None, self.roster)
         with self.roster.routed(Route(list(adapter_names), 1, None)):
@@ -159,6 +159,8 @@ class PeftModel(PromptFacade, nn.Module):
         self, names: Sequence[str] | None, args: Any, kwargs: Mapping[str, Any], repeats: int = 1
     ) -> AbstractContextManager[None]:
         if names is None:
+            if self.roster.route is not None:  # in a `mixed_batch` block, where much can happen
+                check_present(self.roster.route.names, self.roster)
             return nullcontext()
         first = next(
             (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None

@@ -264,6 +264,11 @@ class Roster:
                     "cannot be told apart. Give it a batch of its own with set_adapter()."
                 )
 
+    def forget_stacks(self) -> None:
+        """What a route has stacked of adapters is no longer theirs: something of them changes."""
+        if self.route is not None:
+            self.route.companies.clear()
+
     @contextmanager
     def routed(self, route: Route | None) -> Iterator[None]:
         """Let this route decide, for the length of the block."""

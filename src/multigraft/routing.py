@@ -146,6 +146,17 @@ def check_names(names: Sequence[str], rows: int | None, roster: Roster) -> None:
             f"`adapter_names` has {len(names)} names for a batch of {rows} rows. Give one per row, "
             f'"{BASE}" for rows without an adapter.'
         )
+    check_present(names, roster)
+    for name in sorted(set(names) - {BASE}):
+        roster.check_batchable(name)
+
+
+def check_present(names: Sequence[str], roster: Roster) -> None:
+    """Fail unless these adapters are there and able to act, each on its own rows.
+
+    Raises:
+        RoutingError: unknown adapter, or adapters merged or switched off.
+    """
     unknown = sorted(set(names) - set(roster.configs) - {BASE})
     if unknown:
         hint = did_you_mean(unknown[0], roster.configs)
@@ -160,5 +171,3 @@ def check_names(names: Sequence[str], rows: int | None, roster: Roster) -> None:
         )
     if not roster.enabled:
         raise RoutingError("`adapter_names`: adapters are disabled. Leave disable_adapter() first.")
-    for name in sorted(set(names) - {BASE}):
-        roster.check_batchable(name)

@@ -118,6 +118,7 @@ def write(
             f"adapter `{adapter}` is merged into the base; its tensors cannot be replaced there. "
             "Call unmerge_adapter() first."
         )
+    roster.forget_stacks()
     values, context = dict(values), roster.context_of(adapter)
     slots = context.slots() if context is not None else {}
     for layer in roster.layers[adapter]:

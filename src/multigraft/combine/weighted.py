@@ -11,9 +11,10 @@ from torch import Tensor
 from multigraft.combine.config import SiteKey, prepared_like
 from multigraft.combine.request import WHERE, Request
 from multigraft.combine.sites import Part, copies_at, pair_at
-from multigraft.errors import MergeError, StateError, UnsupportedError
+from multigraft.errors import MergeError, UnsupportedError
 from multigraft.graft import Graft
 from multigraft.keys import disk_names
+from multigraft.merge import check_values
 from multigraft.prepare import Prepared
 from multigraft.site import Site
 from multigraft.tuner import Tuner
@@ -145,17 +146,7 @@ def _check_graft(where: str, graft: Graft) -> None:
             f"{WHERE}: `{graft.adapter}` uses LoRA's variant `{variant.name}`, whose effect is "
             "not that of a sum. Activate the adapters together instead, or merge this one."
         )
-    for name, tensor in graft.params.items():
-        if tensor.is_meta:
-            raise StateError(
-                f"{where}: `{name}` of `{graft.adapter}` is on the meta device and holds no "
-                "values; load the adapter before combining it."
-            )
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise MergeError(
-                f"{where}: `{name}` of `{graft.adapter}` holds NaN or infinity; nothing was "
-                "added. Retrain the adapter or load a good checkpoint."
-            )
+    check_values(graft, where, "combining it", "added")
 
 
 def _held(parts: Sequence[Part]) -> Iterator[Tensor]:
