@@ -1,12 +1,13 @@
 """What methods do in training besides what an optimiser does: to the loss, and after each step.
 
 Both are asked of the method of each active adapter that trains. PEFT's loops call
-``model.base_model.update_and_allocate(step)`` by hand; `StepHook` and `trainer_callback` do it in
-loops that take a hook.
+``model.base_model.update_and_allocate(step)`` by hand; `multigraft.train` does it itself, and
+`StepHook` and `trainer_callback` do it in loops that take a hook.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,17 +18,23 @@ from multigraft.methods import METHODS, Method
 from multigraft.roster import Roster
 
 
+def penalties(roster: Roster) -> Iterator[Tensor]:
+    """What the methods of the active adapters that train add to the loss."""
+    for name in roster.acting():
+        method = _method_of(roster, name)
+        if method is None or method.penalty.__func__ is Method.penalty.__func__:  # type: ignore[attr-defined]
+            continue
+        params = [graft.params for graft in _main(roster, name, method)]
+        term = method.penalty(roster.configs[name], params) if roster.trains(name) else None
+        if term is not None:
+            yield term
+
+
 def penalised(roster: Roster, outputs: Any) -> Any:
-    """The model's outputs, with what the methods add to the loss in them."""
-    loss = getattr(outputs, "loss", None)
-    if isinstance(loss, Tensor):
-        for name in roster.acting():
-            method = _method_of(roster, name)
-            if method is None or method.penalty.__func__ is Method.penalty.__func__:  # type: ignore[attr-defined]
-                continue
-            params = [graft.params for graft in _main(roster, name, method)]
-            term = method.penalty(roster.configs[name], params) if roster.trains(name) else None
-            outputs.loss = outputs.loss if term is None else outputs.loss + term.to(loss.device)
+    """The model's outputs, with the `penalties` in their loss, if they have one."""
+    if isinstance(getattr(outputs, "loss", None), Tensor):
+        for term in penalties(roster):
+            outputs.loss = outputs.loss + term.to(outputs.loss.device)
     return outputs
 
 

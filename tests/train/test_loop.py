@@ -7,7 +7,13 @@ import signal
 import pytest
 import torch
 
-from multigraft import LoraConfig, StateError, TrainingError, get_peft_model_state_dict
+from multigraft import (
+    AdaLoraConfig,
+    LoraConfig,
+    StateError,
+    TrainingError,
+    get_peft_model_state_dict,
+)
 from multigraft.train import Lane, Recipe, attach, load_model, train
 from tests.tiny_base import numbers
 
@@ -167,3 +173,35 @@ def test_a_merged_adapter_is_not_trained(model):
 def test_disabled_adapters_are_not_trained(model):
     with model.disable_adapter(), pytest.raises(StateError, match="disabled"):
         train(model, lane(model))
+
+
+def adalora(base_dir, orth_reg_weight: float = 0.5):
+    ranks = AdaLoraConfig(
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        init_r=4,
+        target_r=2,
+        tinit=2,
+        tfinal=3,
+        deltaT=1,
+        total_step=10,
+        orth_reg_weight=orth_reg_weight,
+    )
+    return attach(load_model(base_dir), ranks, "default")
+
+
+def test_a_method_that_changes_in_training_is_called_at_every_step(base_dir):
+    model = adalora(base_dir)
+    assert not model.peft_config["default"].rank_pattern
+    train(model, lane(model, steps=10))
+    kept = model.peft_config["default"].rank_pattern
+    sites = len(model.base_model.layers())
+    assert sum(sum(mask) for mask in kept.values()) <= 2 * sites + sites // 2
+
+
+def test_what_a_method_adds_to_the_loss_is_learned_and_not_reported(base_dir):
+    plain, bound = adalora(base_dir, 1e-9), adalora(base_dir, 10.0)
+    first = train(plain, lane(plain, steps=1)), train(bound, lane(bound, steps=1))
+    assert first[0] == first[1]
+    one, two = (get_peft_model_state_dict(m) for m in (plain, bound))
+    assert any(not torch.equal(one[key], two[key]) for key in one)

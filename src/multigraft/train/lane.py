@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from multigraft.errors import TrainingError
 from multigraft.model import PeftModel
+from multigraft.schedule import advance
 from multigraft.train.batches import Batch, Order, collate
 from multigraft.train.encode import Encoded
 from multigraft.train.interrupt import uninterrupted
@@ -46,6 +47,7 @@ class Lane:
         if not examples:
             raise TrainingError(f"adapter `{adapter}` has no examples to learn from.")
         self.adapter = adapter
+        self.roster = model.roster
         self.examples = examples
         self.recipe = recipe
         self.pad = pad
@@ -94,6 +96,7 @@ class Lane:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr
             self.optimizer.step()
+            advance(self.roster, self.step + 1)
             self.optimizer.zero_grad(set_to_none=True)
             self.step += 1
         return norm

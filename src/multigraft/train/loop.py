@@ -11,6 +11,7 @@ import torch
 
 from multigraft.errors import StateError, TrainingError
 from multigraft.model import PeftModel
+from multigraft.schedule import penalties
 from multigraft.train.batches import Batch
 from multigraft.train.lane import Lane, learned_tokens, row_losses
 
@@ -93,6 +94,8 @@ def _gradients(model: PeftModel, lane: Lane, batch: Batch) -> float:
     logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
     loss = row_losses(logits, batch.labels).sum() / max(1, learned_tokens(batch.labels))
     value = _finite(float(loss.detach()), lane)
+    for term in penalties(model.roster):
+        loss = loss + term.to(loss.device)
     loss.backward()
     return value
 
