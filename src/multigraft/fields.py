@@ -37,6 +37,26 @@ def check_indices(value: Any) -> None:
             )
 
 
+def check_ranges(name: str, value: Any) -> list[list[int]] | None:
+    """Pairs of a first index and the one after the last, as lists; None for none.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if not value:
+        return None
+    is_list = isinstance(value, (list, tuple))
+    pairs = [list(p) if isinstance(p, (list, tuple)) else [p] for p in value] if is_list else []
+    for pair in pairs or [[]]:
+        are_integers = all(isinstance(n, int) and not isinstance(n, bool) for n in pair)
+        if len(pair) != 2 or not are_integers or not 0 <= pair[0] < pair[1]:
+            raise ConfigError(
+                f"`{name}` (={value!r}) must be a list of pairs [first layer, layer after the "
+                "last], such as [[0, 4], [2, 5]]."
+            )
+    return pairs
+
+
 def check_regex(field_name: str, pattern: str) -> None:
     """Raise `ConfigError` unless ``pattern`` is a regular expression."""
     try:

@@ -23,6 +23,8 @@ from multigraft.keys import disk_names
 from multigraft.methods import METHODS, Method, TensorSpec
 from multigraft.needs import Need
 from multigraft.prompts import CONTEXTS, Context
+from multigraft.replication import Replication, replicated
+from multigraft.roster import Roster
 from multigraft.site import Site
 from multigraft.sites import find, minimal_names
 from multigraft.survey import Spot, survey
@@ -40,12 +42,14 @@ class Prepared:
         config: the model's own copy, with the targets resolved to names.
         parts: (what is needed, the method's instance there), in the model's order.
         model: the base model.
+        replication: what must be put in with the adapter's grafts.
     """
 
     adapter: str
     config: PeftConfig
     parts: list[tuple[Need, Method]]
     model: nn.Module
+    replication: Replication | None = None
 
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Shapes by key on disk, relative to the base model."""
@@ -185,6 +189,13 @@ def prepare(
         TargetError: the config does not fit this model.
     """
     config = own_copy(config)
+    with replicated(Roster.of(model), config) as replication:
+        prepared = _prepared(model, adapter, config, lenient)
+    prepared.replication = replication
+    return prepared
+
+
+def _prepared(model: nn.Module, adapter: str, config: PeftConfig, lenient: bool) -> Prepared:
     kinds = CONTEXTS if str(config.peft_type) in CONTEXTS else METHODS
     kinds[str(config.peft_type)].complete(config, model)
     spots = survey(model)

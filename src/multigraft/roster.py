@@ -20,6 +20,7 @@ from multigraft.graft import Graft
 from multigraft.layer import AdaptedLayer
 from multigraft.methods import Schedule
 from multigraft.prompts import Context
+from multigraft.replication import Replication
 from multigraft.requantisation import Loss
 from multigraft.routing import Route
 
@@ -55,6 +56,8 @@ class Roster:
         """Merged values that are out of the base while adapters are disabled."""
         self.losses: dict[str, Loss] = {}
         """What quantising merged weights again lost, by the tensor's path."""
+        self.replication: Replication | None = None
+        """The list of layers that stands in for the base's own, if one does."""
         self.thawed: list[nn.Parameter] = []
         """Base parameters that were trainable before the first adapter froze the base."""
 

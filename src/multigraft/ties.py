@@ -80,6 +80,8 @@ def rejoin(layer: AdaptedLayer, names: Iterable[str]) -> None:
 
 def settle(layers: Iterable[AdaptedLayer]) -> None:
     """Let what is merged be the base from now on; says which parameters are shared no longer."""
+    layers = list(layers)
+    _keep_depth(layers)
     parted = []
     for layer in layers:
         parted += [f"{layer.path}.{name}" for name in layer.parted]
@@ -94,6 +96,19 @@ def settle(layers: Iterable[AdaptedLayer]) -> None:
             MultigraftWarning,
             stacklevel=3,
         )
+
+
+def _keep_depth(layers: Sequence[AdaptedLayer]) -> None:
+    """Let replicas stay where something is merged: the layers that they share cannot hold it."""
+    deeper = next((x.roster.replication for x in layers if x.merged_grafts), None)
+    if deeper is None:
+        return
+    deeper.settle()
+    inside = {id(module) for module in deeper.stand_in.modules()}
+    for layer in layers:
+        layer.roster.replication = None
+        if id(layer) in inside:
+            layer.parted.clear()
 
 
 def _shared(

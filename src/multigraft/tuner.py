@@ -127,7 +127,7 @@ class Tuner(StepByStep, Combines, nn.Module):
         name, config = prepared.adapter, prepared.config
         scions = prepared.grow(given, autocast_adapter_dtype, on_meta)
         context = prepared.grow_context(given, autocast_adapter_dtype, on_meta)
-        attach(self.roster, name, config, scions, context)
+        attach(self.roster, name, config, scions, context, prepared.replication)
         is_first = len(self.roster.configs) == 1
         if activate or (activate is None and is_first):
             try:

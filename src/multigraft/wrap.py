@@ -19,6 +19,7 @@ from multigraft.errors import NestingError
 from multigraft.graft import Graft
 from multigraft.layer import AdaptedLayer
 from multigraft.prompts import Context
+from multigraft.replication import Replication
 from multigraft.roster import Roster
 from multigraft.survey import Spot, survey
 
@@ -55,6 +56,7 @@ def attach(
     config: PeftConfig,
     scions: Sequence[Scion],
     context: Context | None = None,
+    replication: Replication | None = None,
 ) -> None:
     """Set all grafts of one adapter and what it puts into the context, or nothing.
 
@@ -62,6 +64,10 @@ def attach(
     """
     undo: list[Callable[[], None]] = []
     try:
+        if replication is not None:
+            undo.append(lambda: _restore_depth(roster))
+            roster.replication = replication
+            replication.put()
         if not roster.configs:
             _freeze(roster, undo)
         layers = _set(roster, adapter, scions, undo)
@@ -125,6 +131,7 @@ def detach(roster: Roster, adapter: str) -> None:
     _unwrap(roster.root, [x for x in layers if not x.grafts])
     if not roster.configs:
         thaw(roster)
+        _restore_depth(roster)
 
 
 def thaw(roster: Roster) -> None:
@@ -132,6 +139,13 @@ def thaw(roster: Roster) -> None:
     for parameter in roster.thawed:
         parameter.requires_grad_(True)
     roster.thawed = []
+
+
+def _restore_depth(roster: Roster) -> None:
+    """Put the base's own list of layers back, if another one stands in for it."""
+    if roster.replication is not None:
+        roster.replication.take()
+        roster.replication = None
 
 
 def _exchange_context(

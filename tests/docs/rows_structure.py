@@ -237,13 +237,32 @@ def _(library, folder):
         return near(model(X), net()(X))
 
 
+DEEPER = {"layer_replication": [[0, 1], [0, 1]]}
+
+
+@row("`layer_replication` and a second adapter", peft=False, ours=True)
+def _(library, folder):
+    model = graft(library, ["q_proj"], base=llama(), **DEEPER)
+    own = model.base_model.model.model.layers
+    model.add_adapter("b", config(library, ["q_proj"], **DEEPER))
+    return model.base_model.model.model.layers is own
+
+
+@row("merging beside `layer_replication`", peft=False, ours=True)
+def _(library, folder):
+    model = graft(library, ["q_proj"], base=llama(), **DEEPER).eval()
+    ids = torch.tensor([[1, 2, 3]])
+    before = model(input_ids=ids).logits
+    return near(model.merge_and_unload()(input_ids=ids).logits, before)
+
+
 @row(
     "options that are not built",
     peft=True,
-    ours=Raises(ConfigError, "`layer_replication`"),
+    ours=Raises(ConfigError, "`use_qalora`"),
 )
 def _(library, folder):
-    return bool(config(library, layer_replication=[(0, 1)]))
+    return bool(config(library, use_qalora=True))
 
 
 @row("`nn.TransformerEncoderLayer` in evaluation", peft=False, ours=True)

@@ -28,6 +28,7 @@ from multigraft.config import (
     require,
 )
 from multigraft.errors import TargetError, UnsupportedError
+from multigraft.fields import check_ranges
 from multigraft.methods.contract import Method, Params, TensorSpec, method
 from multigraft.site import Site
 from multigraft.variants import variant_for
@@ -52,6 +53,7 @@ class LoraConfig(TargetedConfig):
             ends of dotted paths (``experts.gate_up_proj``); matrices, and experts' stacks of them.
         trainable_token_indices: tokens whose embeddings are trained as well: of the input
             embedding, or a dictionary from names of modules to theirs.
+        layer_replication: ranges of layers that the model has then (`multigraft.replication`).
         use_dora: decompose the weight into magnitude and direction (`multigraft.variants.dora`).
 
     The remaining fields are PEFT's; setting one that is not built yet is refused by name.
@@ -81,7 +83,7 @@ class LoraConfig(TargetedConfig):
     use_qalora: bool = False
     qalora_group_size: int = 16
     monteclora_config: Any = None
-    layer_replication: list[tuple[int, int]] | None = None
+    layer_replication: list[list[int]] | None = None
     runtime_config: Any = None
     target_parameters: list[str] | None = None
     use_bdlora: Any = None
@@ -100,7 +102,6 @@ class LoraConfig(TargetedConfig):
         "alora_invocation_tokens": None,
         "use_qalora": False,
         "monteclora_config": None,
-        "layer_replication": None,
         "runtime_config": {"ephemeral_gpu_offload": False},
         "use_bdlora": None,
         "arrow_config": None,
@@ -112,6 +113,7 @@ class LoraConfig(TargetedConfig):
         super().__post_init__()
         where = "LoraConfig"
         self.target_parameters = check_names(where, "target_parameters", self.target_parameters)
+        self.layer_replication = check_ranges("layer_replication", self.layer_replication)
         self.rank_pattern = check_patterns(where, "rank_pattern", self.rank_pattern)
         self.alpha_pattern = check_patterns(where, "alpha_pattern", self.alpha_pattern)
         self.trainable_token_indices = check_token_table(
