@@ -244,8 +244,8 @@ def _check(layer: AdaptedLayer, grafts: Sequence[Graft], keep_original: bool) ->
     for graft in grafts:
         if not graft.method.mergeable:
             raise UnsupportedError(
-                f"{layer.path}: `{graft.adapter}` is a {graft.method.name}, which has no merged "
-                "form. Keep it as an adapter."
+                f"{layer.path}: `{graft.adapter}` is a {graft.method.title}, which has no "
+                "merged form. Keep it as an adapter."
             )
         needs_own = graft.method.kind != "additive" or graft.method.needs_weight
         if needs_own and not keep_original:

@@ -74,7 +74,7 @@ class Method:
     """Whether `add` reads the base layer's own output."""
     batchable: ClassVar[bool] = True
     """Whether rows of one batch may use different adapters of this method."""
-    mergeable: ClassVar[bool] = True
+    mergeable: bool = True
     rides: ClassVar[bool] = False
     """Whether it stands beside another method that a config names: a bias, a saved module."""
     follows_ties: ClassVar[bool] = False
@@ -110,6 +110,11 @@ class Method:
         """How the site's layer is shaped."""
         assert self.site.geometry is not None, "sites.find checks the method's geometries"
         return self.site.geometry
+
+    @property
+    def title(self) -> str:
+        """What it is called in messages."""
+        return self.name
 
     @classmethod
     def complete(cls, config: Any, model: nn.Module) -> None:

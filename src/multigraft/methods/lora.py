@@ -163,8 +163,11 @@ class LoRA(Method):
         self.dropout = 0.0 if is_lookup else config.lora_dropout
         self.bias = "lora_B.bias" if config.lora_bias else None
         self.variant = variant_for(config)
+        self.own = None if self.variant is None or self.variant.is_pair else self.variant
+        """The variant, where it does more than its pair of factors says."""
         refusal = self.geometry.check_rank(site.layer, self.rank)
         if self.variant is not None:
+            self.mergeable = self.variant.mergeable
             self.needs_weight = self.variant.needs_weight
             self.needs_base = self.variant.needs_base
             self.has_exact_gradients = self.variant.has_exact_gradients
@@ -172,6 +175,10 @@ class LoRA(Method):
         refusal = refusal or self._bias_refusal()
         if refusal:
             raise TargetError(f"LoRA cannot adapt {site}: {refusal}.")
+
+    @property
+    def title(self) -> str:
+        return self.name if self.variant is None else f"{self.name} ({self.variant.name})"
 
     def _bias_refusal(self) -> str | None:
         """Why `lora_bias` cannot be had here, or ``None``."""
@@ -214,13 +221,19 @@ class LoRA(Method):
             self.variant.reset(self, params)
 
     def apply(self, params: Params, x: Tensor) -> Tensor:
-        if self.variant is not None:
+        if self.own is not None:
             return super().apply(params, x)
         return self.apply_factors(params, x)
 
+    def factors(self, params: Params) -> tuple[Tensor, Tensor]:
+        """A and B as the layer's arithmetic takes them."""
+        if self.variant is not None:
+            return self.variant.pair(self, params)
+        return params[self.A], params[self.B]
+
     def apply_factors(self, params: Params, x: Tensor) -> Tensor:
         """``scaling * B A x``, the plain pair, whatever the variant does with it."""
-        A, B = params[self.A], params[self.B]
+        A, B = self.factors(params)
         dtype = self.geometry.input_dtype(x, A)
         bias = params[self.bias].to(dtype) if self.bias else None
         h = self.geometry.project(self.site.layer, x, A.to(dtype))
@@ -229,35 +242,31 @@ class LoRA(Method):
     def add(
         self, params: Params, y: Tensor, x: Tensor, training: bool, base: Tensor | None = None
     ) -> Tensor:
-        if self.variant is not None:
-            assert base is not None
-            return self.variant.add(self, params, y, x, training, base)
+        if self.own is not None:
+            return self.own.add(self, params, y, x, training, base)
         if self.bias:
             return super().add(params, y, x, training)
         if self.dropout and training:
             x = torch.nn.functional.dropout(x, self.dropout)
-        A, B = params[self.A], params[self.B]
+        A, B = self.factors(params)
         dtype = self.geometry.input_dtype(x, A)
         return self.geometry.add_low_rank(
             self.site.layer, y, x, A.to(dtype), B.to(dtype), self.scaling
         )
 
     def low_rank(self, params: Params) -> tuple[Tensor, Tensor, float] | None:
-        if self.variant is not None or self.bias:
-            return None
-        return params[self.A], params[self.B], self.scaling
+        return None if self.own is not None or self.bias else (*self.factors(params), self.scaling)
 
     def delta(self, params: Params, W: Tensor | None = None) -> Tensor:
-        if self.variant is not None:
-            assert W is not None
-            return self.variant.delta(self, params, W)
-        product = self.geometry.product(self.site.layer, params[self.A], params[self.B])
+        if self.own is not None:
+            return self.own.delta(self, params, W)
+        product = self.geometry.product(self.site.layer, *self.factors(params))
         return product * self.scaling
 
     def add_delta(self, params: Params, value: Tensor, W: Tensor | None = None) -> Tensor:
-        if self.variant is not None:
+        if self.own is not None:
             return super().add_delta(params, value, W)
-        A, B = params[self.A], params[self.B]
+        A, B = self.factors(params)
         return self.geometry.add_product(self.site.layer, value, A, B, self.scaling)
 
     def delta_bias(self, params: Params) -> Tensor | None:

@@ -23,6 +23,10 @@ class Variant:
     needs_weight: ClassVar[bool] = False
     needs_base: ClassVar[bool] = False
     has_exact_gradients: ClassVar[bool] = True
+    mergeable: ClassVar[bool] = True
+    is_pair: ClassVar[bool] = False
+    """Whether its tensors stand for a plain pair, which `pair` gives: it runs, merges and is served
+    as that pair, and defines neither `add` nor `delta`."""
     combines: ClassVar[bool] = False
     """Whether adapters of it can be combined: `reset` gives, for any pair, tensors with which the
     variant acts as the plain pair does, and changes of them add up."""
@@ -43,14 +47,24 @@ class Variant:
     def reset(self, lora: Method, params: Params) -> None:
         """Fill them; A and B have their initial values by then."""
 
+    def pair(self, lora: Method, params: Params) -> tuple[Tensor, Tensor]:
+        """The plain A and B that its tensors stand for."""
+        return params[lora.geometry.factors[0]], params[lora.geometry.factors[1]]
+
     def add(
-        self, lora: Method, params: Params, y: Tensor, x: Tensor, training: bool, base: Tensor
+        self,
+        lora: Method,
+        params: Params,
+        y: Tensor,
+        x: Tensor,
+        training: bool,
+        base: Tensor | None,
     ) -> Tensor:
-        """``y`` plus the contribution, dropout included."""
+        """``y`` plus the contribution, dropout included; ``base`` is given when `needs_base`."""
         raise NotImplementedError(f"{type(self).__name__} must define `add`")
 
-    def delta(self, lora: Method, params: Params, W: Tensor) -> Tensor:
-        """ΔW in the weight's layout."""
+    def delta(self, lora: Method, params: Params, W: Tensor | None) -> Tensor:
+        """ΔW in the weight's layout; ``W`` is given when `needs_weight`."""
         raise NotImplementedError(f"{type(self).__name__} must define `delta`")
 
 

@@ -59,8 +59,15 @@ class DoRA(Variant):
             m.copy_(self._norm(lora, params, lora.site.weight()).reshape(m.shape))
 
     def add(
-        self, lora: Method, params: Params, y: Tensor, x: Tensor, training: bool, base: Tensor
+        self,
+        lora: Method,
+        params: Params,
+        y: Tensor,
+        x: Tensor,
+        training: bool,
+        base: Tensor | None,
     ) -> Tensor:
+        assert base is not None
         W = lora.site.weight()
         g = lora.as_output_bias(params[MAGNITUDE].flatten() / self._norm(lora, params, W))
         layer = lora.site.layer
@@ -73,7 +80,8 @@ class DoRA(Variant):
         update = (g - 1) * base + g * lora.apply_factors(params, x)  # type: ignore[attr-defined]
         return y + update.to(y.dtype)
 
-    def delta(self, lora: Method, params: Params, W: Tensor) -> Tensor:
+    def delta(self, lora: Method, params: Params, W: Tensor | None) -> Tensor:
+        assert W is not None
         layer, geometry = lora.site.layer, lora.geometry
         product = geometry.product(layer, params[_a(lora)], params[_b(lora)]) * lora.scaling
         M = geometry.as_matrix(layer, W + product)
