@@ -31,7 +31,7 @@ from multigraft.errors import TargetError, UnsupportedError
 from multigraft.fields import check_ranges
 from multigraft.methods.contract import Method, Params, TensorSpec, method
 from multigraft.site import Site
-from multigraft.variants import variant_for
+from multigraft.variants import check_options, variant_for
 
 
 @dataclass
@@ -131,6 +131,7 @@ class LoraConfig(TargetedConfig):
         is_share = isinstance(p, (int, float)) and 0.0 <= p < 1.0
         require(is_share, where, "lora_dropout", p, "a number of at least 0 and below 1")
         check_choice(where, "bias", self.bias, ("none", "all", "lora_only"))
+        check_options(self)
         if self.init_lora_weights not in (True, False, "gaussian"):
             raise UnsupportedError(
                 f"LoraConfig: `init_lora_weights` (={self.init_lora_weights!r}) must be True, "

@@ -6,12 +6,14 @@ most one acts per adapter; each is one file, chosen by the options of the config
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
-from multigraft.errors import UnsupportedError
+from multigraft.config import require
+from multigraft.errors import ConfigError, UnsupportedError, did_you_mean
 from multigraft.methods.contract import Method, Params, TensorSpec
 from multigraft.registry import Registry
 
@@ -20,6 +22,11 @@ class Variant:
     """Base of every variant. ``lora`` is the LoRA instance at the site: rank, scaling, factors."""
 
     name: ClassVar[str]
+    option: ClassVar[str] = ""
+    """The field of `LoraConfig` that holds its options, where they are an object of their own."""
+    options: ClassVar[type[Any] | None] = None
+    """That object's class, a dataclass; a dictionary in its place is read into it."""
+    identity_at_init: ClassVar[bool] = True
     needs_weight: ClassVar[bool] = False
     needs_base: ClassVar[bool] = False
     has_exact_gradients: ClassVar[bool] = True
@@ -36,6 +43,27 @@ class Variant:
         """Whether this config asks for the variant."""
         raise NotImplementedError(f"{cls.__name__} must define `selected`")
 
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """Check its options in any LoRA config, selected or not, and turn tables into configs.
+
+        Raises:
+            ConfigError: a value is not allowed.
+        """
+        value = None if cls.options is None else getattr(config, cls.option)
+        if value is None or cls.options is None or isinstance(value, cls.options):
+            return
+        what = f"a {cls.options.__name__}, or a dictionary of its options, or None"
+        require(isinstance(value, Mapping), "LoraConfig", cls.option, value, what)
+        known = [field.name for field in dataclasses.fields(cls.options)]
+        for name in value:
+            if name not in known:
+                raise ConfigError(
+                    f"LoraConfig: `{cls.option}` has no option `{name}`."
+                    f"{did_you_mean(str(name), known)} It has: {', '.join(known)}."
+                )
+        setattr(config, cls.option, cls.options(**value))
+
     def refusal(self, lora: Method) -> str | None:
         """Why the variant cannot act at this site, or ``None``."""
         return None
@@ -50,6 +78,30 @@ class Variant:
     def pair(self, lora: Method, params: Params) -> tuple[Tensor, Tensor]:
         """The plain A and B that its tensors stand for."""
         return params[lora.geometry.factors[0]], params[lora.geometry.factors[1]]
+
+    def low_rank(self, lora: Method, params: Params) -> tuple[Tensor, Tensor, float] | None:
+        """(A, B, scale) of the plain pair as which it acts, or None; see `Method.low_rank`."""
+        return None
+
+    def trains_as_pair(self, lora: Method) -> bool:
+        """Whether it acts as `low_rank` says in training too, but for the dropout of its input."""
+        return True
+
+    def with_base(
+        self,
+        lora: Method,
+        params: Params,
+        x: Tensor,
+        W: Tensor,
+        bias: Tensor | None,
+        training: bool,
+    ) -> Tensor | None:
+        """Base layer and contribution in one node, or None; see `Method.with_base`."""
+        return None
+
+    def penalty(self, config: Any, sites: Iterable[Params]) -> Tensor | None:
+        """What it adds to the loss in training, or None."""
+        return None
 
     def add(
         self,
@@ -82,6 +134,18 @@ def variant(name: str) -> Callable[[V], V]:
         return cls
 
     return add
+
+
+def check_options(config: Any) -> None:
+    """Let every variant check its options in this config, and the config name at most one.
+
+    Raises:
+        ConfigError: a value is not allowed.
+        UnsupportedError: it asks for more than one variant.
+    """
+    for _, each in VARIANTS.items():
+        each.check(config)
+    variant_for(config)
 
 
 def variant_for(config: Any) -> Variant | None:
