@@ -25,7 +25,8 @@ FOUNDATIONS = {
     "registry": ("errors",),
     "defaults": ("errors",),
     "fields": ("errors",),
-    "config": ("errors", "registry", "fields", "atomic", "checkpoint"),
+    "config": ("errors", "registry", "fields", "reading", "atomic", "checkpoint"),
+    "reading": ("errors",),
     "site": ("bases", "storage"),
 }
 """What every layer may import, and all that each of these may import itself: none reaches the

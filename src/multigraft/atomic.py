@@ -30,6 +30,7 @@ except ImportError:  # not on Windows, where what killed writers left stays
 
 PREFIX = ".saving-"
 NOTE = "renaming.json"
+NOTE_BYTES = 1 << 20
 NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
 """How file systems say that a folder is nothing to flush."""
 
@@ -97,6 +98,8 @@ def recover(folder: Path) -> None:
         CheckpointError: old files cannot be put back.
     """
     for left in folder.glob(f"{PREFIX}*/lock") if fcntl else ():
+        if left.parent.is_symlink() or left.is_symlink() or not left.is_file():
+            continue  # no writer's: it came with files of somebody else's
         with contextlib.suppress(FileNotFoundError), open(left, "rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -174,9 +177,7 @@ def _staged(place: Path, number: int) -> tuple[Path, Path]:
 
 def _undo(folder: Path, place: Path) -> None:
     """Put back what the note in a staging folder says was renamed; again does no harm."""
-    note = place / NOTE
-    replaces: dict[str, bool] = json.loads(note.read_text("utf-8")) if note.is_file() else {}
-    for number, (name, had_old) in enumerate(replaces.items()):
+    for number, (name, had_old) in enumerate(_noted(place / NOTE).items()):
         new, old = _staged(place, number)
         if os.path.lexists(new):
             continue  # this one was not renamed
@@ -184,6 +185,25 @@ def _undo(folder: Path, place: Path) -> None:
             (folder / name).unlink(missing_ok=True)
         elif os.path.lexists(old):
             os.replace(old, folder / name)
+
+
+def _noted(note: Path) -> dict[str, bool]:
+    """Names of files to whether they replace others; a folder from elsewhere may hold any note.
+
+    Raises:
+        ValueError: it names what lies outside its folder, or is no note at all.
+    """
+    if note.is_symlink() or not note.is_file():
+        return {}
+    if note.stat().st_size > NOTE_BYTES:
+        raise ValueError(f"{NOTE} has more than {NOTE_BYTES:,} bytes")
+    try:
+        replaces = json.loads(note.read_text("utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"{NOTE} is nested without end") from error
+    if not isinstance(replaces, dict) or any(Path(n).name != n or n == ".." for n in replaces):
+        raise ValueError(f"{NOTE} must name files of this folder")
+    return replaces
 
 
 def _remove(place: Path) -> None:

@@ -17,19 +17,22 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from multigraft.atomic import recover, write_files, write_utf8
-from multigraft.config import CONFIG_NAME, PeftConfig
+from multigraft.config import PeftConfig
 from multigraft.errors import CheckpointError, MissingExtraError
 from multigraft.fields import check_regex
 from multigraft.keys import full_key, memory_name, saved_tensors, strip_prefix
+from multigraft.reading import (
+    CONFIG_NAME,
+    PICKLE_NAME,
+    WEIGHTS_NAME,
+    check_inside,
+    read_tensors,
+)
 from multigraft.roster import Roster
-
-WEIGHTS_NAME = "adapter_model.safetensors"
-PICKLE_NAME = "adapter_model.bin"
-LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass
@@ -140,32 +143,8 @@ def read(path: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file is damaged, or is a pickle and ``allow_pickle`` is not set.
     """
-    if path.name == PICKLE_NAME:
-        if not allow_pickle:
-            raise CheckpointError(
-                f"{path} is a pickle, which can run code when it is read. Convert it to "
-                "safetensors, or pass allow_pickle=True if you trust where it comes from."
-            )
-        tensors = _unpickle(path)
-    else:
-        try:
-            tensors = load_file(path, device="cpu")
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{path} is damaged or no safetensors file ({error}).{_remedy(path)}"
-            ) from error
+    tensors = read_tensors(path, allow_pickle=allow_pickle)
     return _keyed(((strip_prefix(key), tensor) for key, tensor in tensors.items()), str(path))
-
-
-def _remedy(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
-    except OSError:
-        return " Check that it can be read."
-    if is_pointer:
-        return " It is a pointer of Git LFS: fetch what it stands for with `git lfs pull`."
-    return " Copy or download it again."
 
 
 def _keyed(items: Iterable[tuple[str, Tensor]], where: str) -> dict[str, Tensor]:
@@ -178,16 +157,6 @@ def _keyed(items: Iterable[tuple[str, Tensor]], where: str) -> dict[str, Tensor]
                 "names are mapped. Rename or remove one of them."
             )
         tensors[key] = tensor
-    return tensors
-
-
-def _unpickle(path: Path) -> dict[str, Tensor]:
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle raises whatever the damaged bytes happen to mean
-        raise CheckpointError(f"{path} is damaged or holds more than tensors ({error}).") from error
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise CheckpointError(f"{path} holds no dictionary of names to tensors.")
     return tensors
 
 
@@ -220,6 +189,7 @@ def locate(
     inside = folder / (subfolder or "")
     recover(inside)
     if (inside / filename).is_file():
+        check_inside(inside / filename, folder)
         return inside / filename
     if folder.is_dir() or folder.is_absolute() or str(source).startswith("."):
         raise CheckpointError(f"{inside} holds no {filename}.{_nearby(folder, filename)}")

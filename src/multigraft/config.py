@@ -20,7 +20,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
 
-from multigraft.errors import CheckpointError, ConfigError, MultigraftWarning, did_you_mean
+from multigraft.errors import ConfigError, MultigraftWarning, did_you_mean
 from multigraft.fields import (
     FORMAT_VERSION,
     check_indices,
@@ -30,9 +30,8 @@ from multigraft.fields import (
     name_list,
     plain,
 )
+from multigraft.reading import CONFIG_NAME, read_config
 from multigraft.registry import Registry
-
-CONFIG_NAME = "adapter_config.json"
 
 
 class PeftType(str, Enum):
@@ -207,13 +206,7 @@ class PeftConfig:
         from multigraft.checkpoint import locate
 
         path = locate(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}: not valid JSON ({error}).") from error
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read ({error}).") from error
-        return cls.from_dict(values)
+        return cls.from_dict(read_config(path))
 
 
 @dataclass

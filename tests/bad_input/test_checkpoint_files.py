@@ -12,7 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from multigraft import CheckpointError, ConfigError, PeftConfig, PeftModel, get_peft_model
+from multigraft import (
+    CheckpointError,
+    ConfigError,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    reading,
+)
 from tests.bad_input.loading import CONFIG, PREFIX, SETTINGS, WEIGHTS, refused, ways
 from tests.weaknesses import nets
 
@@ -57,15 +64,14 @@ def test_a_pointer_of_git_lfs_is_recognised(way: Callable[..., Any], folder: Pat
 def test_a_file_that_cannot_be_read_is_refused_and_named(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    denied = PermissionError(13, "Permission denied", str(folder / name))
+    allowed = reading._open
 
-    def deny(*_: object, **__: object) -> None:
-        raise denied
+    def deny(path: Path) -> object:
+        if path.name == name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return allowed(path)
 
-    if name == WEIGHTS:
-        monkeypatch.setattr("multigraft.checkpoint.load_file", deny)
-    else:
-        monkeypatch.setattr(Path, "read_text", deny)
+    monkeypatch.setattr(reading, "_open", deny)
     with pytest.raises(CheckpointError, match=f"{name}.*Permission denied"):
         PeftModel.from_pretrained(nets.net(), folder)
 
