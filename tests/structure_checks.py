@@ -15,11 +15,11 @@ from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
-LAYERS = ("methods", "variants", "inits", "bases", "storage", "kernels")
+LAYERS = ("methods", "variants", "initialisations", "bases", "storage", "kernels")
 FACES = ("contract", "registry")  # what a layer shows to its own files and to the other layers
-OWNERS = {"variants": "methods.lora"}
-"""Layers that one file alone may import: variants are LoRA's own sub-registry, so LoRA asks it who
-acts, and it knows methods through their contract only."""
+OWNERS = {"variants": "methods.lora", "initialisations": "methods.lora"}
+"""Layers that one file alone may import: variants and initialisations are LoRA's own sub-registries,
+so LoRA asks them who acts, and they know methods through their contract only."""
 FOUNDATIONS = {
     "errors": (),
     "registry": ("errors",),

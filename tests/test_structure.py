@@ -147,7 +147,7 @@ def test_a_tree_that_keeps_the_laws_has_no_offence(make):
         ("config", "from pkg.model import PeftModel"),
         ("site", "from pkg.layer import AdaptedLayer"),
         ("bases/__init__", "from pkg.methods.lora import LoRA"),
-        ("inits/pissa", "from pkg.model import PeftModel"),
+        ("initialisations/pissa", "from pkg.model import PeftModel"),
         ("storage/dense", "from pkg.checkpoint import save"),
         ("kernels/reference", "from pkg.errors import E"),
         ("kernels/__init__", "from ..methods import contract"),

@@ -133,8 +133,7 @@ def grow(
     if not given:
         graft.method.reset(tensors)
     elif len(given) < len(tensors):
-        fresh = {name: t for name, t in tensors.items() if name not in given}
-        graft.method.reset(_Masked(tensors, fresh))
+        graft.method.restore(tensors, tensors.keys() - given.keys())
     return tensors
 
 
@@ -164,10 +163,3 @@ def grow_shared(
             # Each site's state dict would repeat it; the checkpoint holds it once, if at all.
             leaf._non_persistent_buffers_set.add(name)
     return Shared(specs, leaf)
-
-
-class _Masked(dict):
-    """All tensors for reading shapes, but writes to the given ones land in a throw-away copy."""
-
-    def __init__(self, tensors: dict[str, Tensor], fresh: dict[str, Tensor]) -> None:
-        super().__init__({n: t if n in fresh else t.detach().clone() for n, t in tensors.items()})

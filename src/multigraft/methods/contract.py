@@ -13,7 +13,7 @@ It writes no merge, dispatch, cast, device move or state-dict key: those exist o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -38,6 +38,7 @@ class TensorSpec(NamedTuple):
         saved: whether it goes into the checkpoint.
         on_disk: its name in the file when that differs from the name in memory.
         dtype: a fixed dtype, e.g. of an index; the adapter's own by default.
+        optional: a file may lack it, since it follows from the base; see `Method.restore`.
     """
 
     shape: tuple[int, ...]
@@ -46,6 +47,7 @@ class TensorSpec(NamedTuple):
     saved: bool = True
     on_disk: str | None = None
     dtype: torch.dtype | None = None
+    optional: bool = False
 
 
 class Schedule(Protocol):
@@ -148,6 +150,10 @@ class Method:
         """Fill freshly allocated tensors in place with the initial values."""
         raise NotImplementedError(f"{type(self).__name__} must define `reset`")
 
+    def restore(self, params: Params, missing: Collection[str]) -> None:
+        """Fill the ``missing`` tensors in place, as in a new adapter; the others have values."""
+        self.reset(writable(params, missing))
+
     def packed(self, name: str, tensor: Tensor) -> Tensor:
         """What goes into the file of a tensor in memory; all of it unless overridden."""
         return tensor
@@ -233,6 +239,11 @@ class Method:
     def module(self) -> nn.Module:
         """Replace: the module that stands in for the base layer; its state is what is saved."""
         raise NotImplementedError(f"{type(self).__name__} must define `module`")
+
+
+def writable(params: Params, names: Collection[str]) -> dict[str, Tensor]:
+    """These tensors, of which those not among ``names`` are copies: writes to them are dropped."""
+    return {n: t if n in names else t.detach().clone() for n, t in params.items()}
 
 
 METHODS: Registry[type[Method]] = Registry("method")

@@ -10,13 +10,14 @@ Departs: A ~ Kaiming uniform, as in the authors' code, not Gaussian as in the te
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from multigraft import initialisations
 from multigraft.config import (
     PeftType,
     TargetedConfig,
@@ -27,9 +28,9 @@ from multigraft.config import (
     pattern_value,
     require,
 )
-from multigraft.errors import TargetError, UnsupportedError
+from multigraft.errors import TargetError
 from multigraft.fields import check_ranges
-from multigraft.methods.contract import Method, Params, TensorSpec, method
+from multigraft.methods.contract import Method, Params, TensorSpec, method, writable
 from multigraft.site import Site
 from multigraft.variants import check_options, variant_for
 
@@ -46,7 +47,10 @@ class LoraConfig(TargetedConfig):
         bias: ``"none"``, ``"lora_only"`` (biases of the adapted layers are trained too) or
             ``"all"`` (every bias is). Each adapter has its own copies: the base stays as it is.
         use_rslora: scale by ``lora_alpha / sqrt(r)``.
-        init_lora_weights: True (B = 0), ``"gaussian"`` (A normal, B = 0), or False (both random).
+        init_lora_weights: where A and B begin: True (B = 0), False (both random), or the name of
+            one of `multigraft.initialisations`, such as ``"pissa"``.
+        eva_config, corda_config, lora_ga_config, loftq_config: options of the initialisations of
+            these names.
         rank_pattern, alpha_pattern: exceptions per site, regular expressions to values.
         lora_bias: give B a bias.
         target_parameters: parameters to adapt by themselves, whatever module reads them: names, or
@@ -94,10 +98,6 @@ class LoraConfig(TargetedConfig):
     _not_saved: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
     _unbuilt: ClassVar[Mapping[str, Any]] = {
         "megatron_config": None,
-        "loftq_config": {},
-        "eva_config": None,
-        "corda_config": None,
-        "lora_ga_config": None,
         "velora_config": None,
         "alora_invocation_tokens": None,
         "use_qalora": False,
@@ -132,11 +132,7 @@ class LoraConfig(TargetedConfig):
         require(is_share, where, "lora_dropout", p, "a number of at least 0 and below 1")
         check_choice(where, "bias", self.bias, ("none", "all", "lora_only"))
         check_options(self)
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            raise UnsupportedError(
-                f"LoraConfig: `init_lora_weights` (={self.init_lora_weights!r}) must be True, "
-                'False or "gaussian". Other initialisations of PEFT are not built yet.'
-            )
+        initialisations.settle_options(self)
 
 
 def _entries(
@@ -163,10 +159,12 @@ class LoRA(Method):
         is_lookup = self.geometry.name == "embedding"
         self.dropout = 0.0 if is_lookup else config.lora_dropout
         self.bias = "lora_B.bias" if config.lora_bias else None
+        self.follows_ties = config.ensure_weight_tying
+        self.start = initialisations.initialisation_for(config)
         self.variant = variant_for(config)
         self.own = None if self.variant is None or self.variant.is_pair else self.variant
         """The variant, where it does more than its pair of factors says."""
-        refusal = self.geometry.check_rank(site.layer, self.rank)
+        refusal = self.geometry.check_rank(site.layer, self.rank) or self.start.refusal(self)
         if self.variant is not None:
             self.mergeable = self.variant.mergeable
             self.needs_weight = self.variant.needs_weight
@@ -198,28 +196,24 @@ class LoRA(Method):
         specs = {self.A: TensorSpec(a), self.B: TensorSpec(b)}
         if self.bias:
             specs[self.bias] = TensorSpec((b[0],))
+        if self.start.takes_out:
+            kept = TensorSpec(a, trainable=False, buffer=True, optional=True)
+            specs[initialisations.START_A] = kept
+            specs[initialisations.START_B] = kept._replace(shape=b)
         return specs if self.variant is None else specs | self.variant.tensors(self)
 
     def reset(self, params: Params) -> None:
-        A, B = params[self.A], params[self.B]
-        init = self.config.init_lora_weights
-        if self.geometry.name == "embedding":
-            # A lookup in A must start at zero: each row of A is one token's code.
-            nn.init.normal_(A) if init is False else nn.init.zeros_(A)
-            nn.init.normal_(B)
-        else:
-            if init == "gaussian":
-                nn.init.normal_(A, std=1 / self.rank)
-            else:
-                _kaiming(A)
-            if init is False:
-                _kaiming(B)
-            else:
-                B.zero_()
+        self.start.reset(self, params)
         if self.bias:
             nn.init.zeros_(params[self.bias])
         if self.variant is not None:
             self.variant.reset(self, params)
+
+    def restore(self, params: Params, missing: Collection[str]) -> None:
+        if missing and set(missing) <= initialisations.STARTS:
+            self.start.recover(self, writable(params, missing))
+        else:
+            super().restore(params, missing)
 
     def apply(self, params: Params, x: Tensor) -> Tensor:
         if self.own is not None:
@@ -230,7 +224,8 @@ class LoRA(Method):
         """A and B as the layer's arithmetic takes them."""
         if self.variant is not None:
             return self.variant.pair(self, params)
-        return params[self.A], params[self.B]
+        A, B = params[self.A], params[self.B]
+        return initialisations.moved(A, B, params) if self.start.takes_out else (A, B)
 
     def apply_factors(self, params: Params, x: Tensor) -> Tensor:
         """``scaling * B A x``, the plain pair, whatever the variant does with it."""
@@ -272,9 +267,3 @@ class LoRA(Method):
 
     def delta_bias(self, params: Params) -> Tensor | None:
         return params[self.bias] * self.scaling if self.bias else None
-
-
-def _kaiming(tensor: Tensor) -> None:
-    """Kaiming uniform with ``a = sqrt(5)``, as `nn.Linear` does: the bound is 1 / sqrt(fan in)."""
-    bound = 1 / math.sqrt(max(1, tensor[0].numel()))
-    tensor.uniform_(-bound, bound)

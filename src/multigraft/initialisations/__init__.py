@@ -1,0 +1,30 @@
+"""Initialisations of LoRA: one file each. The import list is explicit and sorted."""
+
+from multigraft.initialisations import olora, orthogonal, pissa, plain
+from multigraft.initialisations.contract import (
+    INITIALISATIONS,
+    START_A,
+    START_B,
+    STARTS,
+    Initialisation,
+    initialisation,
+    initialisation_for,
+    moved,
+    settle_options,
+)
+
+__all__ = [
+    "INITIALISATIONS",
+    "START_A",
+    "START_B",
+    "STARTS",
+    "Initialisation",
+    "initialisation",
+    "initialisation_for",
+    "moved",
+    "olora",
+    "orthogonal",
+    "pissa",
+    "plain",
+    "settle_options",
+]
