@@ -30,6 +30,10 @@ def fused(grafts: Sequence[Graft], x: Tensor, training: bool) -> Tensor | None:
         return None
     W, bias = base
     is_single = len(grafts) == 1
+    if is_single:
+        own = grafts[0].method.with_base(grafts[0].params, x, W, bias, training)
+        if own is not None:
+            return own
     pairs = [pair(graft, training, dropout=is_single) for graft in grafts]
     whole = [found for found in pairs if found is not None]
     if len(whole) < len(pairs):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from multigraft.errors import MissingExtraError
 from multigraft.graft import Graft
 from multigraft.methods import METHODS, Method
+from multigraft.methods.contract import Params
 from multigraft.roster import Roster
 
 
@@ -24,8 +25,9 @@ def penalties(roster: Roster) -> Iterator[Tensor]:
         method = _method_of(roster, name)
         if method is None or method.penalty.__func__ is Method.penalty.__func__:  # type: ignore[attr-defined]
             continue
-        params = [graft.params for graft in _main(roster, name, method)]
-        term = method.penalty(roster.configs[name], params) if roster.trains(name) else None
+        if not (roster.root.training or method.penalises_evaluation):
+            continue
+        term = method.penalty(roster.configs[name], _trained(roster, name, method))
         if term is not None:
             yield term
 
@@ -109,6 +111,12 @@ def trainer_callback(model: nn.Module) -> Any:
 
 def _method_of(roster: Roster, name: str) -> type[Method] | None:
     return dict(METHODS.items()).get(str(roster.configs[name].peft_type))
+
+
+def _trained(roster: Roster, name: str, method: type[Method]) -> Iterator[Params]:
+    """The adapter's tensors, site by site, if it trains; found only when they are asked for."""
+    if roster.trains(name):
+        yield from (graft.params for graft in _main(roster, name, method))
 
 
 def _main(roster: Roster, name: str, method: type[Method]) -> list[Graft]:

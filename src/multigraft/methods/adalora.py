@@ -157,6 +157,7 @@ class AdaLoRA(Method):
     prefix = "lora_"
     geometries = frozenset({"linear", "conv1d_transposed", "conv"})
     default_targets = TARGETS
+    penalises_evaluation = True
 
     def __init__(self, site: Site, config: AdaLoraConfig) -> None:
         super().__init__(site, config)

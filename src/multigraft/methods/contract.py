@@ -81,10 +81,14 @@ class Method:
     """Whether it stands beside another method that a config names: a bias, a saved module."""
     follows_ties: ClassVar[bool] = False
     """Whether modules that share an embedding's weight share what an adapter does to it."""
-    identity_at_init: ClassVar[bool] = True
+    identity_at_init: bool = True
     """Whether a new adapter leaves the output unchanged (with the default initialisation)."""
     has_exact_gradients: bool = True
     """Whether gradients are those of the forward; a method may hold a part of it constant."""
+    trains_as_pair: bool = True
+    """Whether training too runs it as the pair that `low_rank` gives, with its input dropped."""
+    penalises_evaluation: ClassVar[bool] = False
+    """Whether its `penalty` is part of the loss in evaluation too."""
     geometries: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d_transposed"})
     """Names of the geometries that it can act on."""
 
@@ -213,6 +217,16 @@ class Method:
 
         Returns:
             A (rank, in), B (out, rank) and the scale; None when there is more to it.
+        """
+        return None
+
+    def with_base(
+        self, params: Params, x: Tensor, W: Tensor, bias: Tensor | None, training: bool
+    ) -> Tensor | None:
+        """Additive: the base layer's output for ``x`` with what `add` adds, where that is one node.
+
+        Args:
+            W, bias: of a frozen layer whose call is ``x Wᵀ + bias``, ``(out, in)`` and ``(out,)``.
         """
         return None
 

@@ -170,6 +170,8 @@ class LoRA(Method):
             self.needs_weight = self.variant.needs_weight
             self.needs_base = self.variant.needs_base
             self.has_exact_gradients = self.variant.has_exact_gradients
+            self.identity_at_init = self.variant.identity_at_init
+            self.trains_as_pair = self.variant.trains_as_pair(self)
             refusal = refusal or self.variant.refusal(self)
         refusal = refusal or self._bias_refusal()
         if refusal:
@@ -251,7 +253,21 @@ class LoRA(Method):
         )
 
     def low_rank(self, params: Params) -> tuple[Tensor, Tensor, float] | None:
-        return None if self.own is not None or self.bias else (*self.factors(params), self.scaling)
+        if self.own is not None:
+            return None if self.bias else self.own.low_rank(self, params)
+        return None if self.bias else (*self.factors(params), self.scaling)
+
+    def with_base(
+        self, params: Params, x: Tensor, W: Tensor, bias: Tensor | None, training: bool
+    ) -> Tensor | None:
+        if self.own is None or self.bias:
+            return None
+        return self.own.with_base(self, params, x, W, bias, training)
+
+    @classmethod
+    def penalty(cls, config: LoraConfig, sites: Iterable[Params]) -> Tensor | None:
+        variant = variant_for(config)
+        return None if variant is None else variant.penalty(config, sites)
 
     def delta(self, params: Params, W: Tensor | None = None) -> Tensor:
         if self.own is not None:
