@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from multigraft.bases import geometry_of
-from multigraft.config import PeftConfig, TargetedConfig, TaskType, matching_pattern
+from multigraft.config import PeftConfig, TargetedConfig, matching_pattern
 from multigraft.defaults import TASK_HEADS, default_targets
 from multigraft.errors import MultigraftWarning, TargetError, did_you_mean, there_are
-from multigraft.methods import METHODS
+from multigraft.methods import METHODS, Method
 from multigraft.needs import (
     Need,
     module_needs,
@@ -29,10 +29,8 @@ from multigraft.needs import (
     parameter_needs,
 )
 from multigraft.survey import Spot
+from multigraft.targeting import Rule, Verdict, check_names, choose, matches
 from multigraft.tokens import token_needs, with_ties
-
-HEAD_NAMES = ("score", "classifier")
-"""Heads of sequence classifiers, which transformers initialises afresh."""
 
 
 def find(
@@ -52,11 +50,10 @@ def find(
     if not isinstance(config, TargetedConfig):
         return saved
     main = METHODS[str(config.peft_type)]
-    taken = {id(s) for s in spots if any(_is_within(s, need.spot) for need in saved)}
-    free = [spot for spot in spots if id(spot) not in taken]
-    named = getattr(config, "target_parameters", None) or ()
-    parameters = parameter_needs(named, main, free, lenient) if named else []
-    targets = _targets(model, config, spots, taken, parameters, lenient)
+    taken = _taken(saved, spots)
+    parameters = _parameters(config, main, spots, taken, lenient)
+    rule = _rule(model, config, taken, parameters, lenient)
+    targets = choose(rule, spots, lenient=lenient)
     needs = _once([need for spot in targets for need in module_needs(spot, main)])
     needs += _beside(needs, parameters)
     _check_patterns(config, [need.site.target for need in needs], lenient)
@@ -70,6 +67,18 @@ def find(
     name_on_disk(needs, main)
     note_shared(needs, spots)
     return needs
+
+
+def verdicts(model: nn.Module, config: TargetedConfig, spots: Sequence[Spot]) -> list[Verdict]:
+    """What `find` decides on each module before it asks whether the method can act there.
+
+    Raises:
+        TargetError: another field of the config means nothing, so nothing is decided.
+    """
+    taken = _taken(_saved(config, spots, lenient=True), spots)
+    main = METHODS[str(config.peft_type)]
+    parameters = _parameters(config, main, spots, taken, lenient=True)
+    return _rule(model, config, taken, parameters, lenient=False).verdicts(spots)
 
 
 def minimal_names(targets: Iterable[Spot], spots: Sequence[Spot]) -> list[str] | str:
@@ -88,43 +97,37 @@ def minimal_names(targets: Iterable[Spot], spots: Sequence[Spot]) -> list[str] |
         return names
     paths = sorted(spot.path for spot in spots if id(spot) in chosen)
     others = [p for spot in spots if id(spot) not in chosen for p in spot.paths]
-    if any(_matches(paths, p) for p in others):
+    if any(matches(paths, p) for p in others):
         return "|".join(map(re.escape, paths))
     return paths
 
 
-def _targets(
+def _taken(saved: Sequence[Need], spots: Sequence[Spot]) -> set[int]:
+    """Identities of the modules that the adapter copies whole, and of what they hold."""
+    return {id(s) for s in spots if any(_is_within(s, need.spot) for need in saved)}
+
+
+def _parameters(
+    config: PeftConfig, main: type[Method], spots: Sequence[Spot], taken: set[int], lenient: bool
+) -> list[Need]:
+    """What ``target_parameters`` means."""
+    named = getattr(config, "target_parameters", None) or ()
+    free = [spot for spot in spots if id(spot) not in taken]
+    return parameter_needs(named, main, free, lenient) if named else []
+
+
+def _rule(
     model: nn.Module,
     config: TargetedConfig,
-    spots: Sequence[Spot],
     taken: set[int],
     parameters: Sequence[Need],
     lenient: bool,
-) -> list[Spot]:
+) -> Rule:
+    """What the config says of its targets here."""
     wanted = config.target_modules
     if wanted is None:
         wanted = _default_targets(model, config, parameters)
-    _check_layers(config, spots, lenient)
-    if wanted == "all-linear":
-        found = _all_linear(model, config, spots)
-    else:
-        found = [s for s in spots if any(_matches(wanted, p) for p in s.paths)]
-        _check_names("target_modules", wanted, spots, found, lenient)
-        found = [s for s in found if _in_layers(config, s, wanted, lenient)]
-    excluded = config.exclude_modules
-    if excluded:
-        without = [s for s in found if not any(_matches(excluded, p) for p in s.paths)]
-        _check_names("exclude_modules", excluded, spots, spots, lenient)
-        found = without
-    found = [s for s in found if id(s) not in taken]
-    if not found and wanted != []:
-        raise TargetError(
-            f"no module is left to adapt: `target_modules` (={config.target_modules!r}), "
-            f"`exclude_modules` (={excluded!r}), `layers_to_transform` "
-            f"(={config.layers_to_transform!r}), `modules_to_save` (={config.modules_to_save!r}). "
-            "Loosen one of them."
-        )
-    return found
+    return Rule(model, config, wanted, taken, lenient)
 
 
 def _default_targets(
@@ -139,105 +142,6 @@ def _default_targets(
         if parameters:
             return []
         raise
-
-
-def _all_linear(model: nn.Module, config: TargetedConfig, spots: Sequence[Spot]) -> list[Spot]:
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    head = getattr(head, "base_layer", head)
-    is_classifier = head is None and config.task_type == TaskType.SEQ_CLS
-    found = []
-    for spot in spots:
-        geometry = geometry_of(spot.layer)
-        is_head = spot.layer is head or (is_classifier and spot.path in HEAD_NAMES)
-        if geometry is None or not geometry.is_linear or is_head:
-            continue
-        if _in_layers(config, spot, "all-linear", lenient=True):
-            found.append(spot)
-    if not found:
-        raise TargetError(
-            f'`target_modules` (="all-linear"): {type(model).__name__} has no linear layer besides '
-            "its output head. Name the modules to adapt."
-        )
-    return found
-
-
-def _matches(wanted: list[str] | str, path: str) -> bool:
-    """Whole-path regular expression for a string, dotted suffix for a list."""
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, path) is not None
-    return any(path == name or path.endswith(f".{name}") for name in wanted)
-
-
-def _check_names(
-    field: str, wanted: list[str] | str, spots: Sequence[Spot], found: Sequence[Spot], lenient: bool
-) -> None:
-    paths = [p for s in found for p in s.paths]
-    if isinstance(wanted, str):
-        if not any(_matches(wanted, p) for p in paths):
-            hint = there_are((s.path for s in spots if s.layer._parameters), limit=4)
-            if any(_matches([wanted], p) for s in spots for p in s.paths):
-                hint = f" As a name it must stand in a list: {field}=[{wanted!r}]."
-            raise TargetError(
-                f"`{field}` (={wanted!r}): the expression matches no module's whole path.{hint}"
-            )
-        return
-    missing = [name for name in wanted if not any(_matches([name], p) for p in paths)]
-    if not missing:
-        return
-    known = {p.rpartition(".")[2] for s in spots for p in s.paths} | {s.path for s in spots}
-    usable = {s.path.rpartition(".")[2] for s in spots if s.layer._parameters}
-    hints = "".join(did_you_mean(name, known) for name in missing) or there_are(usable)
-    message = f"`{field}`: no module is called {', '.join(f'`{n}`' for n in missing)}.{hints}"
-    if lenient and len(missing) < len(wanted):
-        warnings.warn(message, MultigraftWarning, stacklevel=2)
-    else:
-        raise TargetError(message)
-
-
-def _layer_index(config: TargetedConfig, path: str) -> int | None:
-    """The index of the layer that a path lies in, by ``layers_pattern`` or the first number."""
-    patterns = config.layers_pattern or [r"[^.]*"]
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        match = re.match(rf"(?:^|.*?\.)(?:{pattern})\.(\d+)\.", path)
-        if match:
-            return int(match.group(1))
-    return None
-
-
-def _check_layers(config: TargetedConfig, spots: Sequence[Spot], lenient: bool) -> None:
-    """Fail for layer indices that no layer of the model has."""
-    indices = config.layers_to_transform
-    if indices is None or indices == []:
-        return
-    there = {i for s in spots for p in s.paths if (i := _layer_index(config, p)) is not None}
-    missing = sorted(({indices} if isinstance(indices, int) else set(indices)) - there)
-    if not missing:
-        return
-    known = f"there are {min(there)} to {max(there)}" if there else "no layer has an index"
-    message = f"`layers_to_transform` (={indices!r}): there are no layers {missing}; {known}"
-    if config.layers_pattern:
-        message += f" in `layers_pattern` (={config.layers_pattern!r})"
-    if not lenient:
-        raise TargetError(f"{message}. Give indices of the model's layers.")
-    warnings.warn(f"{message}.", MultigraftWarning, stacklevel=2)
-
-
-def _in_layers(config: TargetedConfig, spot: Spot, wanted: list[str] | str, lenient: bool) -> bool:
-    """Whether ``layers_to_transform`` lets this module in."""
-    indices = config.layers_to_transform
-    if indices is None or indices == []:
-        return True
-    allowed = {indices} if isinstance(indices, int) else set(indices)
-    is_in = _layer_index(config, spot.path) in allowed
-    if not is_in and isinstance(wanted, list) and spot.path in wanted:
-        # PEFT lets a full path pass whatever the indices; its files keep that meaning.
-        if lenient:
-            return True
-        raise TargetError(
-            f"`target_modules` names {spot.path} in full, but `layers_to_transform` (={indices!r}) "
-            "leaves it out. Drop one of the two."
-        )
-    return is_in
 
 
 def _once(needs: Sequence[Need]) -> list[Need]:
@@ -269,10 +173,10 @@ def _saved(config: PeftConfig, spots: Sequence[Spot], lenient: bool) -> list[Nee
     if not wanted:
         return []
     method = METHODS["SAVED_MODULE"]
-    found = [s for s in spots if any(_matches(wanted, p) for p in s.paths)]
+    found = [s for s in spots if any(matches(wanted, p) for p in s.paths)]
     # A task's usual heads stand in every config of that task, whichever of them the model has.
     usual = TASK_HEADS.get(str(config.task_type), ())
-    _check_names("modules_to_save", [n for n in wanted if n not in usual], spots, found, lenient)
+    check_names("modules_to_save", [n for n in wanted if n not in usual], spots, found, lenient)
     parts: dict[int, Spot] = {}
     wholes: list[Spot] = []
     for spot in found:
@@ -301,7 +205,7 @@ def _refuse_hidden(config: PeftConfig, spots: Sequence[Spot]) -> None:
     saved = getattr(config, "modules_to_save", None)
     for spot in spots:
         owners = _copied_by(spot) if spot.layer._modules else ""
-        if not owners or (saved and any(_matches(saved, path) for path in spot.paths)):
+        if not owners or (saved and any(matches(saved, path) for path in spot.paths)):
             continue  # nobody's, or this config copies it whole as well
         for name, module in spot.layer.named_modules():
             path = f"{spot.path}.{name}"
@@ -323,17 +227,17 @@ def _copied_by(spot: Spot) -> str:
 def _means(config: PeftConfig, path: str, module: nn.Module) -> bool:
     """Whether the config asks for this module, which is hidden from the base view."""
     saved = getattr(config, "modules_to_save", None)
-    if saved and _matches(saved, path):
+    if saved and matches(saved, path):
         return True
     if not isinstance(config, TargetedConfig):
         return False
-    if config.exclude_modules and _matches(config.exclude_modules, path):
+    if config.exclude_modules and matches(config.exclude_modules, path):
         return False
     wanted = config.target_modules
     if wanted == "all-linear":
         geometry = geometry_of(module)
         return geometry is not None and geometry.is_linear
-    return bool(wanted) and _matches(wanted or [], path)
+    return bool(wanted) and matches(wanted or [], path)
 
 
 def _is_within(spot: Spot, whole: Spot) -> bool:
