@@ -51,6 +51,7 @@ from multigraft.tasks import (
     PeftModelForTokenClassification,
 )
 from multigraft.tuner import inject_adapter_in_model
+from multigraft.variants.bdlora import BdLoraConfig
 
 __version__ = "0.1.0"
 
@@ -59,6 +60,7 @@ __all__ = [
     "AdaptedLayer",
     "AdapterNameError",
     "AdaptionPromptConfig",
+    "BdLoraConfig",
     "CheckpointError",
     "ConfigError",
     "DataError",
