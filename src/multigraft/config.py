@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 from multigraft.errors import ConfigError, MultigraftWarning, did_you_mean
 from multigraft.fields import (
     FORMAT_VERSION,
+    built,
     check_indices,
     check_regex,
     is_newer,
@@ -184,7 +185,7 @@ class PeftConfig:
         if cls is not PeftConfig and not issubclass(klass, cls):
             raise ConfigError(f"`peft_type` (={kind!r}) is not what {cls.__name__} describes.")
         known = {f.name for f in dataclasses.fields(klass)}
-        config = klass(**{k: v for k, v in values.items() if k in known})
+        config = built(klass, {k: v for k, v in values.items() if k in known})
         config.extra = {k: v for k, v in values.items() if k not in known}
         version = values.get("peft_version")
         if config.extra or is_newer(version):
