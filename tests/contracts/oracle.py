@@ -203,6 +203,7 @@ def files_of_either_load_in_the_other(pair: Pair) -> None:
 
 
 DEFECTS: dict[str, str] = {
+    r"-LORA.use_qalora": "PEFT passes `use_qalora` over in silence, except on GPTQ's layers",
     r"(outputs|gradients)_agree-(TRAINABLE_TOKENS|TOKEN_ADAPTER).*-linear-": (
         "PEFT drops the bias of a linear layer whose rows are trained tokens"
     ),

@@ -28,8 +28,15 @@ SIZE = 64
 ROWS = 4
 TARGET = "target"
 
+VARIANTS: list[dict[str, Any]] = [
+    {"use_bdlora": {"target_modules_bd_a": [TARGET], "nblocks": 4}},
+    {"use_bdlora": {"target_modules_bd_b": [TARGET], "nblocks": 2}},
+    {"use_qalora": True},
+]
+"""Variants of LoRA that need nothing but the layer."""
+
 OPTIONS: dict[str, list[dict[str, Any]]] = {
-    "LORA": [{}, {"use_rslora": True, "r": 4}, {"lora_bias": True}, {"use_dora": True}],
+    "LORA": [{}, {"use_rslora": True, "r": 4}, {"lora_bias": True}, {"use_dora": True}, *VARIANTS],
     "BIAS": [{"bias": "lora_only"}],
     "SAVED_MODULE": [{"modules_to_save": [TARGET], "target_modules": ["other"]}],
     "IA3": [{"feedforward_modules": []}, {"feedforward_modules": [TARGET]}],
