@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,9 @@ from multigraft.atomic import recover, write_files, write_utf8
 from multigraft.config import PeftConfig
 from multigraft.errors import CheckpointError, MissingExtraError
 from multigraft.fields import check_regex
+from multigraft.graft import Graft
 from multigraft.keys import full_key, memory_name, saved_tensors, strip_prefix
+from multigraft.methods.contract import Params
 from multigraft.reading import (
     CONFIG_NAME,
     PICKLE_NAME,
@@ -72,10 +74,17 @@ class LoadReport:
 
 
 def compare(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, Tensor],
+    optional: Collection[str] = (),
 ) -> tuple[LoadReport, dict[str, Tensor]]:
-    """The report, and the tensors that fit; keys are relative to the base model."""
-    report = LoadReport(missing_keys=[full_key(k) for k in expected if k not in found])
+    """The report, and the tensors that fit; keys are relative to the base model.
+
+    Args:
+        optional: keys of ``expected`` that a file may lack.
+    """
+    missing = [key for key in expected if key not in found and key not in optional]
+    report = LoadReport(missing_keys=[full_key(key) for key in missing])
     good = {}
     for key, tensor in found.items():
         if key not in expected:
@@ -106,13 +115,20 @@ def adapter_state(
     state = {}
     for layer in roster.layers[adapter]:
         for key, graft, name in saved_tensors(layer, adapter):
-            if gathered is not None and memory_name(graft, name) in gathered:
-                value = gathered[memory_name(graft, name)]
-            else:
-                value = graft.params[name]
+            value = params_in(graft, gathered)[name]
             state[key] = graft.method.packed(name, value) if packed else value
     context = roster.context_of(adapter)
     return state if context is None else state | context.saved()
+
+
+def params_in(graft: Graft, gathered: Mapping[str, Tensor] | None) -> Params:
+    """A graft's tensors by name, with the values that a gathered state dict has for them."""
+    if gathered is None:
+        return graft.params
+    if graft.tied is not None and graft.stand_in is None:
+        return graft.method.from_tied(params_in(graft.tied, gathered))
+    names = {name: memory_name(graft, name) for name in graft.owners}
+    return graft.params | {n: gathered[key] for n, key in names.items() if key in gathered}
 
 
 def save(root: Path, adapters: dict[Path, tuple[PeftConfig, dict[str, Tensor]]]) -> None:

@@ -24,13 +24,13 @@ from multigraft.methods.contract import Params
 def touched(graft: Graft) -> list[str]:
     """The base tensors that a graft changes, by name in the state dict of the wrapped module.
 
-    None where it is tied: the weight that it shares is changed at the other site.
+    Not a weight where it is tied, which is changed at the other site.
     """
     site = graft.site
+    if graft.method.kind == "replace":
+        return [site.key_of(name) for name in graft.owners if graft.owns(name)]
     if graft.tied is not None:
         return []
-    if graft.method.kind == "replace":
-        return [site.key_of(name) for name in graft.owners]
     return [site.key, site.key_of("bias")] if changes_bias(graft) else [site.key]
 
 

@@ -65,7 +65,9 @@ class Graft:
     @property
     def params(self) -> Params:
         """The method's tensors by the names that it declared."""
-        return {name: fetch(owner, leaf) for name, (owner, leaf) in self.owners.items()}
+        held = {name: fetch(owner, leaf) for name, (owner, leaf) in self.owners.items()}
+        is_theirs = self.tied is not None and self.owners is self.tied.owners
+        return self.method.from_tied(held) if is_theirs else held
 
     def add(self, y: Tensor, x: Tensor, training: bool, base: Tensor | None = None) -> Tensor:
         """``y`` plus this adapter's contribution for the base layer's input ``x``."""
@@ -74,6 +76,15 @@ class Graft:
     def specs(self) -> Mapping[str, TensorSpec]:
         """What the method declares; for a stand-in, what the module holds."""
         return self.own_specs if self.shared is None else {**self.own_specs, **self.shared.specs}
+
+    def owns(self, name: str) -> bool:
+        """Whether a tensor is this graft's own, rather than that of the site it is tied to."""
+        return self.tied is None or (self.method.kind == "replace" and name != "weight")
+
+    def retie(self) -> None:
+        """Let a tied copy hold the weight that the copy of the other site holds now."""
+        if self.tied is not None and self.stand_in is not None and self.tied.stand_in is not None:
+            self.stand_in._parameters["weight"] = self.tied.stand_in._parameters["weight"]
 
     def saved(self) -> Iterator[tuple[str, Tensor]]:
         """Pairs of the name on disk (relative to the site's path) and the tensor."""
@@ -88,6 +99,20 @@ class Graft:
         for name, tensor in self.params.items():
             if isinstance(tensor, nn.Parameter) and specs[name].trainable:
                 yield tensor
+
+    def complete(self) -> None:
+        """Give values to what files lack and was made on the meta device, once the rest has some.
+
+        The caller has switched gradients off.
+        """
+        params = self.params
+        lacked = {n for n, s in self.own_specs.items() if s.optional or not s.saved}
+        missing = [name for name in lacked & params.keys() if params[name].is_meta]
+        if not missing or self.tied or any(params[n].is_meta for n in params.keys() - lacked):
+            return
+        for name in missing:
+            hold(*self.owners[name], torch.empty_like(params[name], device=self.site.device))
+        self.method.restore(self.params, missing)
 
     def snapshot(self) -> Graft:
         """An independent copy of method and tensors: what a merge added, whatever changes since."""

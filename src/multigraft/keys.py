@@ -60,7 +60,8 @@ def saved_tensors(layer: AdaptedLayer, adapter: str) -> Iterator[tuple[str, Graf
 
 def memory_name(graft: Graft, name: str) -> str:
     """Name of a tensor in the adapted model's state dict, relative to the base model."""
-    graft = graft.tied or graft
+    if graft.tied is not None and not graft.owns(name):
+        graft = graft.tied
     host, label = graft.site.host_path, graft.site.label and f".{graft.site.label}"
     if graft.stand_in is not None:
         return f"{host}.{graft.method.prefix}.{escape(graft.adapter)}{label}.{name}"

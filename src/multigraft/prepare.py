@@ -63,6 +63,15 @@ class Prepared:
             shapes |= prompts.shapes(self.context, self.config, self.model)
         return shapes
 
+    def optional(self) -> set[str]:
+        """Those keys that a file may lack; what they stand for then follows from the base."""
+        return {
+            self._keys(need, method)[name][0]
+            for need, method in self.parts
+            for name, spec in method.tensors().items()
+            if spec.optional and spec.saved
+        }
+
     @torch.no_grad()
     def grow(self, given: Mapping[str, Tensor], autocast: bool, on_meta: bool) -> list[Scion]:
         """Make every tensor; ``given`` maps keys on disk to values that are taken over.
@@ -73,6 +82,7 @@ class Prepared:
         """
         scions = []
         made: dict[int, Graft] = {}
+        copies: dict[int, nn.Module] = {}
         shared = self._grow_shared(given, autocast, on_meta)
         for need, method in self.parts:
             found = self._given_to(need, method, given) if given else {}
@@ -83,14 +93,17 @@ class Prepared:
                 made.get(id(need.site.tied)),
             )
             made[id(need.site)] = graft
-            if graft.tied is not None:
-                scions.append(Scion(need.spot, graft))
-                continue
             if method.kind == "replace":
-                module = method.module()
+                module = copies[id(need.site)] = method.module()
                 if found:
                     module.load_state_dict(found, strict=False)
+                if graft.tied is not None:
+                    source = copies[id(need.site.tied)]
+                    module._parameters["weight"] = source._parameters["weight"]
                 scions.append(Scion(need.spot, graft, module=module))
+                continue
+            if graft.tied is not None:
+                scions.append(Scion(need.spot, graft))
                 continue
             where = _dtype_and_device(need.site, autocast, on_meta)
             scions.append(Scion(need.spot, graft, grow(graft, *where, found)))

@@ -30,7 +30,7 @@ from multigraft.needs import (
 )
 from multigraft.survey import Spot
 from multigraft.targeting import Rule, Verdict, check_names, choose, matches
-from multigraft.tokens import token_needs, with_ties
+from multigraft.tokens import token_needs, warn_of_no_ties, with_ties
 
 
 def find(
@@ -46,7 +46,8 @@ def find(
         TargetError: nothing matches; a name matches nothing; a matched module cannot be adapted.
     """
     _refuse_hidden(config, spots)
-    saved = _saved(config, spots, lenient)
+    ensure = bool(getattr(config, "ensure_weight_tying", False))
+    saved = with_ties(_saved(config, spots, lenient), spots, ensure)
     if not isinstance(config, TargetedConfig):
         return saved
     main = METHODS[str(config.peft_type)]
@@ -58,7 +59,10 @@ def find(
     needs += _beside(needs, parameters)
     _check_patterns(config, [need.site.target for need in needs], lenient)
     tokens = token_needs(model, config, spots, taken)
-    needs = with_ties([*needs, *tokens], spots) + saved + _biases(config, needs, spots, taken)
+    needs = with_ties([*needs, *tokens], spots, ensure) + saved
+    needs += _biases(config, needs, spots, taken)
+    if ensure and not any(need.site.tied for need in needs):
+        warn_of_no_ties()
     if not needs:
         raise TargetError(
             "the config means no module at all: `target_modules` (=[]), and nothing else to train. "

@@ -98,7 +98,13 @@ def set_peft_model_state_dict(
     found = {strip_prefix(key): value for key, value in peft_model_state_dict.items()}
     expected = {k: tuple(t.shape) for k, t in adapter_state(roster, adapter_name).items()}
     found = drop_base_tensors(found, expected, roster.root)
-    report, good = compare(expected, found)
+    optional = {
+        key
+        for layer in roster.layers[adapter_name]
+        for key, graft, name in saved_tensors(layer, adapter_name)
+        if name in graft.own_specs and graft.own_specs[name].optional
+    }
+    report, good = compare(expected, found, optional)
     report.check(f"the state dict for adapter `{adapter_name}`", strict, ignore_mismatched_sizes)
     write(roster, adapter_name, good, assign=low_cpu_mem_usage)
     return report
@@ -123,6 +129,8 @@ def write(
     slots = context.slots() if context is not None else {}
     for layer in roster.layers[adapter]:
         for key, graft, name in saved_tensors(layer, adapter):
+            if name not in graft.owners:  # tied: made of the other site's tensors
+                continue
             slots[key] = graft.owners[name]
             if key in values:
                 values[key] = graft.method.unpacked(name, values[key], graft.params[name])
@@ -133,6 +141,9 @@ def write(
                 tensor = fetch(*slot)
                 undo.append((slot, tensor, tensor.clone()))
                 _put(slot, values[key], assign)
+        for _, graft in roster.grafts(adapter):
+            graft.retie()
+            graft.complete()
     except BaseException:
         for slot, tensor, before in reversed(undo):
             tensor.data.copy_(before)

@@ -117,7 +117,8 @@ def _shared(
     """The tensors that these grafts change and other modules hold too, with all these modules."""
     found = {}
     for graft in grafts:
-        names = [graft.site.key] if graft.tied is not None else touched(graft)
+        names = [graft.site.key] if graft.tied is not None else []
+        names += touched(graft)
         for name in names:
             modules = graft.site.shared.get(name.removeprefix(graft.site.key_of("")), ())
             slot = slot_of(layer.base_layer, name)

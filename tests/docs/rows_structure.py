@@ -256,13 +256,32 @@ def _(library, folder):
     return near(model.merge_and_unload()(input_ids=ids).logits, before)
 
 
+TIED = {"ensure_weight_tying": True, "task_type": "CAUSAL_LM"}
+
+
+@row("merging under `ensure_weight_tying`", peft=False, ours=True)
+def _(library, folder):
+    base = llama(tie_word_embeddings=True)
+    model = graft(library, ["embed_tokens"], base=base, **TIED)
+    ids = torch.tensor([[1, 2, 3]])
+    before = model(input_ids=ids).logits
+    return near(model.merge_and_unload()(input_ids=ids).logits / 10, before / 10)
+
+
+@row("training under `ensure_weight_tying`", peft=4, ours=2)
+def _(library, folder):
+    base = llama(tie_word_embeddings=True)
+    model = graft(library, ["embed_tokens"], base=base, **TIED)
+    return sum(p.requires_grad for p in model.parameters())
+
+
 @row(
     "options that are not built",
     peft=True,
-    ours=Raises(ConfigError, "`use_qalora`"),
+    ours=Raises(ConfigError, "`layer_replication`"),
 )
 def _(library, folder):
-    return bool(config(library, use_qalora=True))
+    return bool(library.AdaLoraConfig(total_step=9, layer_replication=[(0, 1)]))
 
 
 @row("`nn.TransformerEncoderLayer` in evaluation", peft=False, ours=True)

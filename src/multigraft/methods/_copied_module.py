@@ -30,6 +30,7 @@ class CopiedModule(Method):
 
     def __init__(self, site: Site, config: Any) -> None:
         super().__init__(site, config)
+        self.follows_ties = getattr(config, "ensure_weight_tying", False)
         where = f"`{self.asked_by}`: {site.path} ({type(site.layer).__name__})"
         refusal = site.storage.copy_refusal(site.layer)
         if refusal is not None:

@@ -79,7 +79,7 @@ class Method:
     mergeable: bool = True
     rides: ClassVar[bool] = False
     """Whether it stands beside another method that a config names: a bias, a saved module."""
-    follows_ties: ClassVar[bool] = False
+    follows_ties: bool = False
     """Whether modules that share an embedding's weight share what an adapter does to it."""
     identity_at_init: bool = True
     """Whether a new adapter leaves the output unchanged (with the default initialisation)."""
@@ -165,6 +165,10 @@ class Method:
     def unpacked(self, name: str, value: Tensor, tensor: Tensor) -> Tensor:
         """The inverse: the file's ``value`` as it is in memory, where ``tensor`` is now."""
         return value
+
+    def from_tied(self, params: Params) -> Params:
+        """The tensors at this site, out of those of the embedding's site that it is tied to."""
+        return params
 
     def apply(self, params: Params, x: Tensor) -> Tensor:
         """Additive: what this adapter adds to the base layer's output for the input ``x``.

@@ -58,6 +58,7 @@ class LoraConfig(TargetedConfig):
         trainable_token_indices: tokens whose embeddings are trained as well: of the input
             embedding, or a dictionary from names of modules to theirs.
         layer_replication: ranges of layers that the model has then (`multigraft.replication`).
+        ensure_weight_tying: modules that share an embedding's weight share its adapter as well.
         use_dora: decompose the weight into magnitude and direction (`multigraft.variants.dora`).
 
     The remaining fields are PEFT's; setting one that is not built yet is refused by name.
@@ -98,13 +99,9 @@ class LoraConfig(TargetedConfig):
     _not_saved: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
     _unbuilt: ClassVar[Mapping[str, Any]] = {
         "megatron_config": None,
-        "velora_config": None,
         "alora_invocation_tokens": None,
-        "monteclora_config": None,
         "runtime_config": {"ephemeral_gpu_offload": False},
         "arrow_config": None,
-        "kasa_config": None,
-        "ensure_weight_tying": False,
     }
 
     def __post_init__(self) -> None:
@@ -150,8 +147,9 @@ class LoRA(Method):
     def __init__(self, site: Site, config: LoraConfig) -> None:
         super().__init__(site, config)
         self.A, self.B = self.geometry.factors
-        self.rank = pattern_value(config.rank_pattern, site.target, config.r)
-        self.alpha = pattern_value(config.alpha_pattern, site.target, config.lora_alpha)
+        named = (site.tied or site).target
+        self.rank = pattern_value(config.rank_pattern, named, config.r)
+        self.alpha = pattern_value(config.alpha_pattern, named, config.lora_alpha)
         self.scaling = self.alpha / (math.sqrt(self.rank) if config.use_rslora else self.rank)
         self.scaling *= site.times
         is_lookup = self.geometry.name == "embedding"
@@ -171,13 +169,26 @@ class LoRA(Method):
             self.identity_at_init = self.variant.identity_at_init
             self.trains_as_pair = self.variant.trains_as_pair(self)
             refusal = refusal or self.variant.refusal(self)
-        refusal = refusal or self._bias_refusal()
+        refusal = refusal or self._tie_refusal() or self._bias_refusal()
         if refusal:
             raise TargetError(f"LoRA cannot adapt {site}: {refusal}.")
 
     @property
     def title(self) -> str:
         return self.name if self.variant is None else f"{self.name} ({self.variant.name})"
+
+    def _tie_refusal(self) -> str | None:
+        """Why this site cannot share an embedding's pair, or ``None``."""
+        if self.site.tied is None or (self.variant is None and not self.bias):
+            return None
+        what = "`lora_bias`" if self.variant is None else self.variant.name
+        return f"`ensure_weight_tying` shares a plain pair, and {what} is more; leave one out"
+
+    def from_tied(self, params: Params) -> Params:
+        # The embedding looks up a row of (B A)ᵀ; a head with that weight multiplies by all of them.
+        assert self.site.tied is not None and self.site.tied.geometry is not None
+        A, B = self.site.tied.geometry.factors
+        return {self.A: params[B].T, self.B: params[A].T}
 
     def _bias_refusal(self) -> str | None:
         """Why `lora_bias` cannot be had here, or ``None``."""
@@ -212,8 +223,15 @@ class LoRA(Method):
     def restore(self, params: Params, missing: Collection[str]) -> None:
         if missing and set(missing) <= initialisations.STARTS:
             self.start.recover(self, writable(params, missing))
+        elif self.variant is not None and set(missing) <= self.variant.derived:
+            self.variant.derive(self, params)
         else:
             super().restore(params, missing)
+
+    def starts(self) -> dict[str, str]:
+        """The names of A and B to those of where they began, if that is kept."""
+        starts = (initialisations.START_A, initialisations.START_B)
+        return dict(zip((self.A, self.B), starts, strict=True)) if self.start.takes_out else {}
 
     def apply(self, params: Params, x: Tensor) -> Tensor:
         if self.own is not None:
