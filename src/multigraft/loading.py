@@ -81,7 +81,7 @@ def load_into(
         prepared = tuner.prepare(adapter, config, lenient=True)
     expected = prepared.expected()
     tensors = drop_base_tensors(tensors, expected, tuner.model)
-    report, good = checkpoint.compare(expected, tensors)
+    report, good = checkpoint.compare(expected, tensors, prepared.optional())
     report.check(f"{source} for adapter `{adapter}`", strict, ignore_mismatched_sizes)
     if device is not None:
         good = {key: tensor.to(device) for key, tensor in good.items()}

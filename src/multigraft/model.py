@@ -25,8 +25,8 @@ from multigraft.prepare import own_copy
 from multigraft.prompts.facade import PromptFacade
 from multigraft.roster import Roster
 from multigraft.routing import Route, check_names, check_present
+from multigraft.saving import files_of
 from multigraft.schedule import penalised
-from multigraft.state import embedding_weights
 from multigraft.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from multigraft.storage import parameter_counts
 from multigraft.tuner import Tuner, base_of
@@ -250,6 +250,7 @@ class PeftModel(PromptFacade, nn.Module):
         selected_adapters: Sequence[str] | None = None,
         save_embedding_layers: str | bool = "auto",
         is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
         state_dict: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -259,6 +260,8 @@ class PeftModel(PromptFacade, nn.Module):
             selected_adapters: names; all by default.
             save_embedding_layers: True adds the base matrices of adapted embeddings.
             is_main_process: only the main process writes.
+            path_initial_model_for_weight_conversion: save LoRA that takes a part out of the base
+                (PiSSA and others) as plain LoRA; see `multigraft.saving.files_of`.
             state_dict: the whole model's gathered state dict, when it is sharded.
 
         Raises:
@@ -282,11 +285,14 @@ class PeftModel(PromptFacade, nn.Module):
             gathered = {strip_prefix(key): value for key, value in state_dict.items()}
         adapters = {}
         for name in names:
-            config = self._for_disk(self.peft_config[name])
-            state = checkpoint.adapter_state(self.roster, name, gathered)
-            if save_embedding_layers is True:
-                state |= embedding_weights(self.roster, name)
-            adapters[root if name == "default" else root / name] = config, state
+            adapters[root if name == "default" else root / name] = files_of(
+                self.roster,
+                name,
+                self.get_base_model(),
+                gathered=gathered,
+                with_embeddings=save_embedding_layers is True,
+                initial=path_initial_model_for_weight_conversion,
+            )
         if adapters:
             checkpoint.save(root, adapters)
 
@@ -384,14 +390,4 @@ class PeftModel(PromptFacade, nn.Module):
         if self.default_saved_modules and hasattr(config, "modules_to_save"):
             heads = task_heads(base, self.default_saved_modules)
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
-        return config
-
-    def _for_disk(self, config: PeftConfig) -> PeftConfig:
-        config = config.copy()
-        if config.task_type is None:
-            base = self.get_base_model()
-            config.auto_mapping = {
-                "base_model_class": type(base).__name__,
-                "parent_library": type(base).__module__,
-            }
         return config

@@ -203,6 +203,15 @@ def files_of_either_load_in_the_other(pair: Pair) -> None:
 
 
 DEFECTS: dict[str, str] = {
+    r"outputs_agree-LORA.init_lora_weights=olora.*-bnb-": (
+        "PEFT quantises anew what OLoRA leaves of the base, and so changes the base"
+    ),
+    r"outputs_agree-LORA.init_lora_weights=(olora|pissa).*-(weight|spectral)-norm(-hook)?$": (
+        "PEFT takes its part out of a computed weight, which the next forward computes again"
+    ),
+    r"outputs_agree-LORA.init_lora_weights=(olora|pissa).*-linear-orthogonal$": (
+        "PEFT takes its part out of a computed weight, which the next forward computes again"
+    ),
     r"-LORA.use_qalora": "PEFT passes `use_qalora` over in silence, except on GPTQ's layers",
     r"(outputs|gradients)_agree-(TRAINABLE_TOKENS|TOKEN_ADAPTER).*-linear-": (
         "PEFT drops the bias of a linear layer whose rows are trained tokens"

@@ -28,6 +28,9 @@ SIZE = 64
 ROWS = 4
 TARGET = "target"
 
+STARTS = [{"init_lora_weights": name, "r": 4} for name in ("olora", "orthogonal", "pissa")]
+"""Initialisations of LoRA that need nothing but the base."""
+
 VARIANTS: list[dict[str, Any]] = [
     {"use_bdlora": {"target_modules_bd_a": [TARGET], "nblocks": 4}},
     {"use_bdlora": {"target_modules_bd_b": [TARGET], "nblocks": 2}},
@@ -36,7 +39,7 @@ VARIANTS: list[dict[str, Any]] = [
 """Variants of LoRA that need nothing but the layer."""
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {
-    "LORA": [{}, {"use_rslora": True, "r": 4}, {"lora_bias": True}, {"use_dora": True}, *VARIANTS],
+    "LORA": [{}, {"use_rslora": True, "r": 4}, {"lora_bias": True}, {"use_dora": True}, *VARIANTS, *STARTS],
     "BIAS": [{"bias": "lora_only"}],
     "SAVED_MODULE": [{"modules_to_save": [TARGET], "target_modules": ["other"]}],
     "IA3": [{"feedforward_modules": []}, {"feedforward_modules": [TARGET]}],

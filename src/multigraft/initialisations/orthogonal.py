@@ -32,7 +32,9 @@ class Orthogonal(Initialisation):
 
     def fill(self, lora: LowRank, A: Tensor, B: Tensor) -> None:
         rank, half = lora.rank, lora.rank // 2
-        Q, _ = torch.linalg.qr(torch.randn(rank, rank))
-        left, right = torch.randn(half, A.shape[1]), torch.randn(B.shape[0], half)
+        dtype = torch.promote_types(A.dtype, torch.float32)
+        Q, _ = torch.linalg.qr(torch.randn(rank, rank, dtype=dtype))
+        left = torch.randn(half, A.shape[1], dtype=dtype)
+        right = torch.randn(B.shape[0], half, dtype=dtype)
         A.copy_(Q[0::2].T @ left / 10)
         B.copy_(right @ Q[1::2] / 10)
