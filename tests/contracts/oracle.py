@@ -212,6 +212,7 @@ DEFECTS: dict[str, str] = {
     r"outputs_agree-LORA.init_lora_weights=(olora|pissa).*-linear-orthogonal$": (
         "PEFT takes its part out of a computed weight, which the next forward computes again"
     ),
+    r"-LORA.use_bdlora.*-bnb-": "PEFT passes `use_bdlora` over in silence on quantised layers",
     r"-LORA.use_qalora": "PEFT passes `use_qalora` over in silence, except on GPTQ's layers",
     r"(outputs|gradients)_agree-(TRAINABLE_TOKENS|TOKEN_ADAPTER).*-linear-": (
         "PEFT drops the bias of a linear layer whose rows are trained tokens"

@@ -34,7 +34,7 @@ STARTS = [{"init_lora_weights": name, "r": 4} for name in ("olora", "orthogonal"
 VARIANTS: list[dict[str, Any]] = [
     {"use_bdlora": {"target_modules_bd_a": [TARGET], "nblocks": 4}},
     {"use_bdlora": {"target_modules_bd_b": [TARGET], "nblocks": 2}},
-    {"use_qalora": True},
+    {"use_qalora": True, "qalora_group_size": 4},
 ]
 """Variants of LoRA that need nothing but the layer."""
 
