@@ -52,6 +52,9 @@ from multigraft.tasks import (
 )
 from multigraft.tuner import inject_adapter_in_model
 from multigraft.variants.bdlora import BdLoraConfig
+from multigraft.variants.kasa import KasaConfig
+from multigraft.variants.monteclora import MontecloraConfig
+from multigraft.variants.velora import VeloraConfig
 
 __version__ = "0.1.0"
 
@@ -66,12 +69,14 @@ __all__ = [
     "DataError",
     "HiraConfig",
     "IA3Config",
+    "KasaConfig",
     "LNTuningConfig",
     "LoHaConfig",
     "LoKrConfig",
     "LoraConfig",
     "MergeError",
     "MissingExtraError",
+    "MontecloraConfig",
     "MultigraftError",
     "MultigraftWarning",
     "NestingError",
@@ -98,6 +103,7 @@ __all__ = [
     "TrainableTokensConfig",
     "TrainingError",
     "UnsupportedError",
+    "VeloraConfig",
     "VeraConfig",
     "__version__",
     "get_layer_status",

@@ -1,6 +1,6 @@
 """Initialisations of LoRA: one file each. The import list is explicit and sorted."""
 
-from multigraft.initialisations import olora, orthogonal, pissa, plain
+from multigraft.initialisations import mica, olora, orthogonal, pissa, plain
 from multigraft.initialisations.contract import (
     INITIALISATIONS,
     START_A,
@@ -21,6 +21,7 @@ __all__ = [
     "Initialisation",
     "initialisation",
     "initialisation_for",
+    "mica",
     "moved",
     "olora",
     "orthogonal",

@@ -34,6 +34,8 @@ class Variant:
     is_pair: ClassVar[bool] = False
     """Whether its tensors stand for a plain pair, which `pair` gives: it runs, merges and is served
     as that pair, and defines neither `add` nor `delta`."""
+    derived: ClassVar[frozenset[str]] = frozenset()
+    """Names of its tensors that follow from the base or from nothing, and that no file has."""
     combines: ClassVar[bool] = False
     """Whether adapters of it can be combined: `reset` gives, for any pair, tensors with which the
     variant acts as the plain pair does, and changes of them add up."""
@@ -74,6 +76,9 @@ class Variant:
 
     def reset(self, lora: Method, params: Params) -> None:
         """Fill them; A and B have their initial values by then."""
+
+    def derive(self, lora: Method, params: Params) -> None:
+        """Fill the `derived` ones alone, as `reset` does, without drawing numbers."""
 
     def pair(self, lora: Method, params: Params) -> tuple[Tensor, Tensor]:
         """The plain A and B that its tensors stand for."""
