@@ -28,7 +28,12 @@ SIZE = 64
 ROWS = 4
 TARGET = "target"
 
-STARTS = [{"init_lora_weights": name, "r": 4} for name in ("olora", "orthogonal", "pissa")]
+STARTS = [
+    {"init_lora_weights": "olora", "r": 4},
+    {"init_lora_weights": "orthogonal", "r": 4},
+    {"init_lora_weights": "pissa", "r": 4},
+    {"init_lora_weights": "pissa", "r": 4, "use_dora": True},
+]
 """Initialisations of LoRA that need nothing but the base."""
 
 VARIANTS: list[dict[str, Any]] = [

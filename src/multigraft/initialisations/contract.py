@@ -47,6 +47,7 @@ class LowRank(Protocol):
     B: str
     rank: int
     scaling: float
+    variant: Any
 
     @property
     def geometry(self) -> Any:
@@ -85,6 +86,11 @@ class Initialisation:
             )
         if not self.takes_out:
             return None
+        if lora.variant is not None and not lora.variant.takes_starts:
+            return (
+                f'`init_lora_weights="{self.name}"` takes a part out of the base, which '
+                f"{lora.variant.name} does not know of; leave one of them out"
+            )
         if lora.scaling <= 0:
             return (
                 f'`init_lora_weights="{self.name}"` divides by the scaling (={lora.scaling:g}); '

@@ -242,6 +242,10 @@ class LoRA(Method):
         """A and B as the layer's arithmetic takes them."""
         if self.variant is not None:
             return self.variant.pair(self, params)
+        return self.pair(params)
+
+    def pair(self, params: Params) -> tuple[Tensor, Tensor]:
+        """A and B, less where they began if the initialisation takes that out of the base."""
         A, B = params[self.A], params[self.B]
         return initialisations.moved(A, B, params) if self.start.takes_out else (A, B)
 

@@ -36,6 +36,8 @@ class Variant:
     as that pair, and defines neither `add` nor `delta`."""
     derived: ClassVar[frozenset[str]] = frozenset()
     """Names of its tensors that follow from the base or from nothing, and that no file has."""
+    takes_starts: ClassVar[bool] = False
+    """Whether it reads A and B through LoRA's `factors` alone, so that they may begin anywhere."""
     combines: ClassVar[bool] = False
     """Whether adapters of it can be combined: `reset` gives, for any pair, tensors with which the
     variant acts as the plain pair does, and changes of them add up."""
@@ -82,7 +84,8 @@ class Variant:
 
     def pair(self, lora: Method, params: Params) -> tuple[Tensor, Tensor]:
         """The plain A and B that its tensors stand for."""
-        return params[lora.geometry.factors[0]], params[lora.geometry.factors[1]]
+        plain: tuple[Tensor, Tensor] = lora.pair(params)  # type: ignore[attr-defined]
+        return plain
 
     def low_rank(self, lora: Method, params: Params) -> tuple[Tensor, Tensor, float] | None:
         """(A, B, scale) of the plain pair as which it acts, or None; see `Method.low_rank`."""

@@ -31,6 +31,7 @@ class DoRA(Variant):
     needs_weight = True
     needs_base = True
     combines = True
+    takes_starts = True
     has_exact_gradients = False  # the norm is a constant to them, section 4.3 of the paper
 
     @classmethod
@@ -83,7 +84,7 @@ class DoRA(Variant):
     def delta(self, lora: Method, params: Params, W: Tensor | None) -> Tensor:
         assert W is not None
         layer, geometry = lora.site.layer, lora.geometry
-        product = geometry.product(layer, params[_a(lora)], params[_b(lora)]) * lora.scaling
+        product = geometry.product(layer, *_factors(lora, params)) * lora.scaling
         M = geometry.as_matrix(layer, W + product)
         g = params[MAGNITUDE].flatten() / M.detach().norm(dim=1)
         return geometry.from_matrix(layer, g[:, None] * M) - W
@@ -91,7 +92,7 @@ class DoRA(Variant):
     @torch.no_grad()
     def _norm(self, lora: Method, params: Params, W: Tensor) -> Tensor:
         """‖W + s B A‖ per output feature, ``(out,)``, in at least float32."""
-        A, B = params[_a(lora)].flatten(1), params[_b(lora)].flatten(1)
+        A, B = (factor.flatten(1) for factor in _factors(lora, params))
         dtype = torch.promote_types(torch.promote_types(A.dtype, W.dtype), torch.float32)
         A, B = A.to(dtype), B.to(dtype)
         M = lora.geometry.as_matrix(lora.site.layer, W).to(dtype)
@@ -101,9 +102,6 @@ class DoRA(Variant):
         return square.clamp_min(0).sqrt()
 
 
-def _a(lora: Method) -> str:
-    return lora.geometry.factors[0]
-
-
-def _b(lora: Method) -> str:
-    return lora.geometry.factors[1]
+def _factors(lora: Method, params: Params) -> tuple[Tensor, Tensor]:
+    A, B = lora.factors(params)  # type: ignore[attr-defined]
+    return A, B
