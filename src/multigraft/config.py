@@ -286,8 +286,8 @@ class RankedConfig(TargetedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         where = type(self).__name__
-        self.rank_pattern = dict(self.rank_pattern or {})
-        self.alpha_pattern = dict(self.alpha_pattern or {})
+        self.rank_pattern = check_patterns(where, "rank_pattern", self.rank_pattern)
+        self.alpha_pattern = check_patterns(where, "alpha_pattern", self.alpha_pattern)
         for name, rank in [("r", self.r), *self.rank_pattern.items()]:
             is_rank = isinstance(rank, int) and not isinstance(rank, bool) and rank > 0
             require(is_rank, where, name, rank, "an integer of at least 1")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from multigraft.config import (
     PeftType,
     TargetedConfig,
+    check_patterns,
     pattern_value,
     require,
     require_probability,
@@ -47,7 +48,7 @@ class HiraConfig(TargetedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.rank_pattern = dict(self.rank_pattern or {})
+        self.rank_pattern = check_patterns("HiraConfig", "rank_pattern", self.rank_pattern)
         for name, rank in [("r", self.r), *self.rank_pattern.items()]:
             require(isinstance(rank, int) and rank > 0, "HiraConfig", name, rank, "at least 1")
         require_probability("HiraConfig", "hira_dropout", self.hira_dropout)
