@@ -21,7 +21,7 @@ from multigraft.errors import (
     TrainingError,
     UnsupportedError,
 )
-from multigraft.inspection import inspect, verify
+from multigraft.inspection import inspect, targets, verify
 from multigraft.kbit import prepare_model_for_kbit_training
 from multigraft.layer import AdaptedLayer
 from multigraft.methods.adalora import AdaLoraConfig
@@ -114,5 +114,6 @@ __all__ = [
     "inspect",
     "prepare_model_for_kbit_training",
     "set_peft_model_state_dict",
+    "targets",
     "verify",
 ]

@@ -79,13 +79,18 @@ class MultigraftWarning(UserWarning):
     """Something the caller may want to act on; nothing was refused."""
 
 
-def did_you_mean(name: str, known: Iterable[str], limit: int = 3) -> str:
-    """`` Nearest: `a`, `b`.`` for the names most like ``name``, or an empty string."""
+def close_to(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
+    """Those of ``known`` that are spelt most like ``name``, nearest first."""
     spellings: dict[str, list[str]] = {}
     for each in known:  # whatever the case: LORA is what `lora` means
         spellings.setdefault(each.lower(), []).append(each)
     found = difflib.get_close_matches(name.lower(), spellings, n=limit, cutoff=0.5)
-    nearest = [each for key in found for each in spellings[key]][:limit]
+    return [each for key in found for each in spellings[key]][:limit]
+
+
+def did_you_mean(name: str, known: Iterable[str], limit: int = 3) -> str:
+    """`` Nearest: `a`, `b`.`` for the names most like ``name``, or an empty string."""
+    nearest = close_to(name, known, limit)
     return f" Nearest: {', '.join(f'`{n}`' for n in nearest)}." if nearest else ""
 
 

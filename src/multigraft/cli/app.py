@@ -12,6 +12,7 @@ import multigraft
 from multigraft.cli.interrupted import EXIT_CODE, Interrupted
 from multigraft.cli.quickstart import quickstart
 from multigraft.cli.quiet import hush
+from multigraft.cli.targets import targets
 from multigraft.cli.train import train
 from multigraft.errors import MultigraftError
 
@@ -66,3 +67,4 @@ def options(
 
 app.command()(quickstart)
 app.command()(train)
+app.command()(targets)

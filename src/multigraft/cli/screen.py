@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, RichCast
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
@@ -33,6 +33,14 @@ def screen(*, quiet: bool = False) -> Console:
 def heading(console: Console, title: str) -> None:
     """A title with room above it."""
     console.print(f"\n[bold]{escape(title)}[/]\n")
+
+
+def show(console: Console, table: RichCast) -> None:
+    """A table as rich draws it; its plain text, however wide, where there is no terminal."""
+    if console.is_terminal:
+        console.print(table)
+    else:
+        console.print(str(table), markup=False, soft_wrap=True)
 
 
 def tree(structure: Structure) -> Tree:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +13,7 @@ from rich.markup import escape
 from multigraft import LoraConfig
 from multigraft.cli.interrupted import Interrupted
 from multigraft.cli.screen import duration, heading, live, screen
+from multigraft.cli.spec import names_or_expression
 from multigraft.train import SCHEDULES, FineTune, Outcome, Recipe
 
 
@@ -77,7 +77,7 @@ def train(
             r=rank,
             lora_alpha=2 * rank if alpha is None else alpha,
             lora_dropout=dropout,
-            target_modules=_targets(target_modules),
+            target_modules=names_or_expression([target_modules]),
             task_type="CAUSAL_LM",
         ),
         recipe=Recipe(
@@ -101,14 +101,6 @@ def train(
     console, start = screen(quiet=quiet), time.monotonic()
     outcome = _run(console, job)
     _summary(console, job, outcome, time.monotonic() - start)
-
-
-def _targets(text: str) -> list[str] | str:
-    """A list of names when there are only names and commas in it, otherwise an expression."""
-    names = [name.strip() for name in text.split(",")]
-    if text != "all-linear" and all(re.fullmatch(r"[\w.-]+", name) for name in names):
-        return names
-    return text
 
 
 def _run(console: Console, job: FineTune) -> Outcome:

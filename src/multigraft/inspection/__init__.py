@@ -2,6 +2,7 @@
 
 from multigraft.inspection.checks import Violation
 from multigraft.inspection.outline import Node, outline, render
+from multigraft.inspection.request import config_for
 from multigraft.inspection.structure import (
     AdaptedSite,
     SiteAdapter,
@@ -9,6 +10,7 @@ from multigraft.inspection.structure import (
     Structure,
     inspect,
 )
+from multigraft.inspection.targets import Target, TargetGroup, TargetPart, TargetPlan, targets
 from multigraft.inspection.verify import Report, verify
 
 __all__ = [
@@ -18,9 +20,15 @@ __all__ = [
     "SiteAdapter",
     "SiteGroup",
     "Structure",
+    "Target",
+    "TargetGroup",
+    "TargetPart",
+    "TargetPlan",
     "Violation",
+    "config_for",
     "inspect",
     "outline",
     "render",
+    "targets",
     "verify",
 ]

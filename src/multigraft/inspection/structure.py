@@ -276,7 +276,7 @@ def _group(sites: Sequence[AdaptedSite]) -> SiteGroup:
 
 
 def fold(paths: Sequence[str]) -> str:
-    """Paths that differ in indices alone as one pattern: ``{0..3}`` for a run, ``{0,2}`` else."""
+    """Paths that differ in indices alone as one pattern: ``{0..3}`` for a run, ``{0,2,5..9}``."""
     columns = zip(*(path.split(".") for path in paths), strict=True)
     parts = []
     for column in columns:
@@ -286,6 +286,18 @@ def fold(paths: Sequence[str]) -> str:
 
 
 def _indices(values: list[int]) -> str:
-    if values == list(range(values[0], values[0] + len(values))):
-        return f"{{{values[0]}..{values[-1]}}}"
-    return f"{{{','.join(map(str, values))}}}"
+    runs: list[list[int]] = []
+    for value in values:
+        if runs and value == runs[-1][-1] + 1:
+            runs[-1].append(value)
+        else:
+            runs.append([value])
+    is_one = len(runs) == 1
+    return "{" + ",".join(part for run in runs for part in _run(run, is_one)) + "}"
+
+
+def _run(values: list[int], is_all: bool) -> list[str]:
+    """Neighbours as ``3..7``; a pair among others is written out."""
+    if len(values) > 2 or (is_all and len(values) == 2):
+        return [f"{values[0]}..{values[-1]}"]
+    return list(map(str, values))

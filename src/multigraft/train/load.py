@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from multigraft.auto import get_peft_model
@@ -86,7 +85,7 @@ def load_model(
     transformers = _transformers()
     load = transformers.AutoModelForCausalLM.from_pretrained
     options = {} if quantize is None else load_options(quantize, place, kind, transformers)
-    model, found = _fetch(source, "model", load, dtype=kind, output_loading_info=True, **options)
+    model, found = fetch(source, "model", load, dtype=kind, output_loading_info=True, **options)
     _refuse_random(source, found)
     if quantize is None:
         model.to(place)
@@ -100,7 +99,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
-    return _fetch(source, "tokeniser", _transformers().AutoTokenizer.from_pretrained)
+    return fetch(source, "tokeniser", _transformers().AutoTokenizer.from_pretrained)
 
 
 def attach(model: nn.Module, config: PeftConfig, adapter: str, seed: int = 0) -> PeftModel:
@@ -127,7 +126,12 @@ def pad_token(tokenizer: Any) -> int:
     return 0
 
 
-def _fetch(source: str | os.PathLike[str], what: str, load: Any, **options: Any) -> Any:
+def fetch(source: str | os.PathLike[str], what: str, load: Any, **options: Any) -> Any:
+    """What ``load`` makes of a directory or an id on the hub.
+
+    Raises:
+        CheckpointError: it lies nowhere, is an adapter, or cannot be read.
+    """
     name = os.fspath(source)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.isabs(name)
     if looks_local and not Path(name).expanduser().is_dir():
@@ -140,7 +144,7 @@ def _fetch(source: str | os.PathLike[str], what: str, load: Any, **options: Any)
         )
     try:
         return load(str(folder) if folder.exists() else name, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # whatever the loaders of any architecture trip over
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         where = "" if folder.exists() else ", which is no local directory"
         raise CheckpointError(

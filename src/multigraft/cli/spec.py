@@ -1,0 +1,53 @@
+"""Values of options that say what to graft and where, from text."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+
+
+def names_or_expression(values: Sequence[str] | None) -> list[str] | str | None:
+    """A list where there are only names, and commas between them; else one expression."""
+    if not values:
+        return None
+    names = [name.strip() for value in values for name in value.split(",")]
+    if values != ["all-linear"] and all(re.fullmatch(r"[\w.-]+", name) for name in names):
+        return names
+    if len(values) > 1:
+        raise typer.BadParameter(
+            f"{', '.join(map(repr, values))}: an expression stands alone; give several names, or "
+            "one expression."
+        )
+    return values[0]
+
+
+def layers(value: str | None) -> list[int] | None:
+    """Indices from ``0-3,7``."""
+    if value is None:
+        return None
+    found: list[int] = []
+    for part in value.split(","):
+        match = re.fullmatch(r"\s*(\d{1,6})(?:\s*-\s*(\d{1,6}))?\s*", part)
+        if match is None:
+            raise typer.BadParameter(f"{value!r}: layers are numbers and ranges, as in 0-3,7.")
+        first = int(match[1])
+        found += range(first, int(match[2] or first) + 1)
+    return found
+
+
+def settings(values: Sequence[str] | None) -> dict[str, Any]:
+    """Fields from ``name=value``, each value as JSON, or as text where it is none."""
+    found: dict[str, Any] = {}
+    for value in values or ():
+        name, sign, text = value.partition("=")
+        if not sign or not name:
+            raise typer.BadParameter(f"{value!r} is not of the form name=value.")
+        try:
+            found[name] = json.loads(text)
+        except (ValueError, RecursionError):
+            found[name] = text
+    return found

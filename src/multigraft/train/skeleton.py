@@ -1,0 +1,55 @@
+"""A base model without its weights: every module and shape, from ``config.json`` alone."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from multigraft.errors import CheckpointError, MissingExtraError
+from multigraft.train.load import fetch
+
+
+def load_skeleton(source: str | os.PathLike[str]) -> nn.Module:
+    """The model that a directory or an id on the hub describes, on the meta device.
+
+    No code that lies beside the config is run, and no weights are read.
+
+    Raises:
+        CheckpointError: there is no config there, or it describes no model that is known.
+        MissingExtraError: transformers is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtraError(
+            "reading a base model's config needs transformers: pip install 'multigraft[train]'"
+        ) from error
+    read = transformers.AutoConfig.from_pretrained
+    config = fetch(source, "config", read, trust_remote_code=False)
+    try:
+        with torch.device("meta"):
+            model: nn.Module = model_class(config)(config)
+    except Exception as error:  # whatever an architecture trips over when a number makes no sense
+        raise CheckpointError(
+            f"{os.fspath(source)}: its config makes no model ({type(error).__name__}: {error})."
+        ) from error
+    model.name_or_path = os.fspath(source)  # type: ignore[assignment]
+    return model.eval()
+
+
+def model_class(config: Any) -> Any:
+    """What builds a model from a config: the class that it names, or its architecture's usual."""
+    import transformers as library
+
+    transformers: Any = library
+    for name in getattr(config, "architectures", None) or ():
+        found = getattr(transformers, str(name), None)
+        is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+        if is_model:
+            return found._from_config  # type: ignore[union-attr]
+    is_known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    usual = transformers.AutoModelForCausalLM if is_known else transformers.AutoModel
+    return usual.from_config
