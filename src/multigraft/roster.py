@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary, WeakSet, ref
 from torch import nn
 
 from multigraft.config import PeftConfig
-from multigraft.containers import AdapterDict
+from multigraft.containers import AdapterDict, check_name
 from multigraft.errors import AdapterNameError, RoutingError, StateError, did_you_mean
 from multigraft.graft import Graft
 from multigraft.layer import AdaptedLayer
@@ -23,6 +23,7 @@ from multigraft.prompts import Context
 from multigraft.replication import Replication
 from multigraft.requantisation import Loss
 from multigraft.routing import Route
+from multigraft.spans import Spans
 
 _LIVE: WeakKeyDictionary[nn.Module, ref[Roster]] = WeakKeyDictionary()
 """Rosters by root; neither is kept alive."""
@@ -46,6 +47,8 @@ class Roster:
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.route: Route | None = None
+        self.spans: Spans | None = None
+        """Where adapters with invocation tokens act in the present call."""
         self.trainable: dict[str, None] = {}
         """Adapters that were thawed here and not frozen since."""
         self.merged_layers: dict[AdaptedLayer, None] = {}
@@ -140,6 +143,19 @@ class Roster:
         if not isinstance(name, str):
             raise AdapterNameError(f"adapter name (={name!r}) must be one string.")
         return self.require(name)[0]
+
+    def require_free(self, name: str) -> str:
+        """The name itself, when a new adapter may have it.
+
+        Raises:
+            AdapterNameError: it is taken or cannot name a folder.
+        """
+        if check_name(name) in self.configs:
+            raise AdapterNameError(
+                f"adapter `{name}` exists on this model. Choose another name, or call "
+                f"delete_adapter({name!r}) first."
+            )
+        return name
 
     def touched(self, names: Iterable[str]) -> list[AdaptedLayer]:
         """The layers at which any of these adapters acts, each once."""

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from multigraft import merge as merging
 from multigraft.combine.facade import Combines
 from multigraft.config import PeftConfig, TargetedConfig
-from multigraft.containers import check_name
-from multigraft.errors import AdapterNameError, MultigraftWarning, StateError, UnsupportedError
+from multigraft.errors import MultigraftWarning, StateError, UnsupportedError
 from multigraft.keys import sites_in
 from multigraft.layer import AdaptedLayer
 from multigraft.methods import METHODS
@@ -26,6 +25,7 @@ from multigraft.prompts import CONTEXTS
 from multigraft.requantisation import Loss
 from multigraft.roster import Roster
 from multigraft.schedule import StepByStep, penalised
+from multigraft.spans import spans_of_forward
 from multigraft.storage import let_gradients_through
 from multigraft.survey import survey
 from multigraft.ties import settle
@@ -49,7 +49,8 @@ class Tuner(StepByStep, Combines, nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward, with whatever adapters act."""
-        return penalised(self.roster, self.model(*args, **kwargs))
+        with spans_of_forward(self.roster, args, kwargs):
+            return penalised(self.roster, self.model(*args, **kwargs))
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
@@ -106,12 +107,7 @@ class Tuner(StepByStep, Combines, nn.Module):
         Raises:
             AdapterNameError, TargetError: as for `add_adapter`.
         """
-        name = check_name(adapter_name)
-        if name in self.roster.configs:
-            raise AdapterNameError(
-                f"adapter `{name}` exists on this model. Choose another name, or call "
-                f"delete_adapter({name!r}) first."
-            )
+        name = self.roster.require_free(adapter_name)
         return prepare(self.model, name, config, lenient=lenient)
 
     def commit(

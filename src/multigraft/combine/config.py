@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from multigraft.combine.ranks import patterns
 from multigraft.config import TargetedConfig
 from multigraft.errors import TargetError, UnsupportedError
 from multigraft.prepare import Prepared
@@ -22,16 +23,50 @@ FILTERS: Mapping[str, Any] = {
 }
 
 
-def prepared_like(
-    tuner: Tuner, name: str, configs: Sequence[Any], sites: Sequence[Site], rank: int
-) -> Prepared:
-    """A LoRA that acts exactly where the sources do; their first says what they may differ in.
+def lora_like(configs: Sequence[Any], ranks: Mapping[Site, int]) -> Any:
+    """A LoRA config of scaling 1 with the union of what these train, for `prepared_like`.
+
+    Args:
+        ranks: at each site.
 
     Raises:
         UnsupportedError: the sources' options exclude each other.
-        TargetError: no LoRA of this rank fits, or none means exactly these sites.
     """
-    config = _common(configs, rank)
+    config = common(configs)
+    targets = {site.target: rank for site, rank in ranks.items()}
+    config.r, config.rank_pattern = patterns(targets, targets)
+    config.lora_alpha, config.alpha_pattern = config.r, dict(config.rank_pattern)
+    # The sources' scalings are in the factors, whatever they came from.
+    config.use_rslora = False
+    config.init_lora_weights = True
+    config.use_dora = any(c.use_dora for c in configs)
+    config.lora_bias = any(c.lora_bias for c in configs)
+    config.target_parameters = _union(c.target_parameters for c in configs)
+    config.bias = _one(configs, "bias", "none")
+    config.trainable_token_indices = _one(configs, "trainable_token_indices", None)
+    return config
+
+
+def common(configs: Sequence[Any]) -> Any:
+    """A copy of the first config with the modules that any of them saves."""
+    config = configs[0].copy()
+    config.modules_to_save = _union(c.modules_to_save for c in configs)
+    return config
+
+
+def prepared_like(
+    tuner: Tuner, name: str, config: Any, configs: Sequence[Any], sites: Sequence[Site]
+) -> Prepared:
+    """An adapter of this config that acts exactly where the sources do.
+
+    Args:
+        config: all but the targets.
+        configs: the sources'; the first says what they may differ in.
+        sites: where they act.
+
+    Raises:
+        TargetError: no adapter of this config fits, or none means exactly these sites.
+    """
     wanted = {(site.path, site.parameter) for site in sites}
     error: TargetError | None = None
     for targets in _candidates(tuner, configs, sites):
@@ -49,23 +84,6 @@ def prepared_like(
         f"`target_modules`: no set of names means exactly the {len(wanted)} sites of the adapters "
         "to combine. Target their modules by names of their own."
     )
-
-
-def _common(configs: Sequence[Any], rank: int) -> Any:
-    """A copy of the first config with the union of what they train, and scaling 1."""
-    config = configs[0].copy()
-    config.r = config.lora_alpha = rank
-    config.rank_pattern, config.alpha_pattern = {}, {}
-    # The sources' scalings are in the factors, whatever they came from.
-    config.use_rslora = False
-    config.init_lora_weights = True
-    config.use_dora = any(c.use_dora for c in configs)
-    config.lora_bias = any(c.lora_bias for c in configs)
-    config.modules_to_save = _union(c.modules_to_save for c in configs)
-    config.target_parameters = _union(c.target_parameters for c in configs)
-    config.bias = _one(configs, "bias", "none")
-    config.trainable_token_indices = _one(configs, "trainable_token_indices", None)
-    return config
 
 
 def _candidates(

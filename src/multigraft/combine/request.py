@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from multigraft.combine.contract import RULES, Options, Rule
+from multigraft.combine.ranks import Rank, check_rank
 from multigraft.errors import AdapterNameError, ConfigError, MultigraftWarning
 
 DRIVERS = (None, "gesvd", "gesvdj", "gesvda")
@@ -29,7 +30,7 @@ class Request:
     adapters: tuple[str, ...]
     weights: tuple[float, ...]
     rule: Rule
-    rank: int | None
+    rank: Rank | None
     options: Options
 
     @classmethod
@@ -38,7 +39,7 @@ class Request:
         adapters: Sequence[str],
         weights: Sequence[float],
         combination_type: str,
-        svd_rank: int | None,
+        svd_rank: Rank | None,
         options: Options,
     ) -> Request:
         """Check the arguments of `add_weighted_adapter`.
@@ -48,14 +49,19 @@ class Request:
             UnsupportedError: there is no such rule.
         """
         rule = RULES[combination_type]
-        if isinstance(adapters, str) or not adapters:
-            raise AdapterNameError(f"{WHERE}: `adapters` (={adapters!r}) must be a list of names.")
-        _check_weights(adapters, weights)
+        check_weights(adapters, weights)
         _check_options(rule, svd_rank, options)
         return cls(tuple(adapters), tuple(map(float, weights)), rule, svd_rank, options)
 
 
-def _check_weights(adapters: Sequence[str], weights: Sequence[float]) -> None:
+def check_weights(adapters: Sequence[str], weights: Sequence[float]) -> None:
+    """Refuse what are not names with a number each.
+
+    Raises:
+        AdapterNameError, ConfigError: say what is wrong.
+    """
+    if isinstance(adapters, str) or not adapters:
+        raise AdapterNameError(f"{WHERE}: `adapters` (={adapters!r}) must be a list of names.")
     if len(weights) != len(adapters):
         raise ConfigError(
             f"{WHERE}: `weights` ({len(weights)} given) must hold one number for each of the "
@@ -72,7 +78,7 @@ def _is_number(weight: object) -> bool:
         return False
 
 
-def _check_options(rule: Rule, svd_rank: int | None, options: Options) -> None:
+def _check_options(rule: Rule, svd_rank: Rank | None, options: Options) -> None:
     given, density = options, options.density
     if rule.sparsify is not None and density is None:
         raise ConfigError(
@@ -85,8 +91,8 @@ def _check_options(rule: Rule, svd_rank: int | None, options: Options) -> None:
         raise ConfigError(
             f"{WHERE}: `majority_sign_method` (={given.majority!r}) must be 'total' or 'frequency'."
         )
-    if svd_rank is not None and (not isinstance(svd_rank, int) or svd_rank < 1):
-        raise ConfigError(f"{WHERE}: `svd_rank` (={svd_rank!r}) must be an integer of at least 1.")
+    if svd_rank is not None:
+        check_rank(WHERE, "svd_rank", svd_rank)
     if given.clamp is not None and not 0 < given.clamp <= 1:
         raise ConfigError(
             f"{WHERE}: `svd_clamp` (={given.clamp}) is a quantile: above 0 and at most 1."

@@ -15,9 +15,12 @@ from torch import Tensor
 from multigraft.combine import svd
 from multigraft.combine.cat import Pair, side_by_side
 from multigraft.combine.contract import Options, Rule
+from multigraft.combine.ranks import Rank
+from multigraft.combine.svd import Cut
 from multigraft.graft import Graft
 from multigraft.methods import Method
 from multigraft.methods.contract import Params
+from multigraft.site import Site
 
 
 @dataclass(frozen=True)
@@ -28,26 +31,32 @@ class Part:
     weight: float
 
 
-def pair_at(method: Any, parts: Sequence[Part], rule: Rule, options: Options) -> dict[str, Tensor]:
+def pair_at(
+    method: Any, cut: Cut, parts: Sequence[Part], rule: Rule, options: Options
+) -> dict[str, Tensor]:
     """The tensors of the combined LoRA at its site, by name in memory.
 
     Args:
         method: the new LoRA there, whose rank is given.
+        cut: its pair, of scaling 1; see `combined`.
         parts: the sources that act there; other sources add nothing.
     """
-    layer, geometry = method.site.layer, method.geometry
-    a, b = _combined(method, parts, rule, options)
-    rows = geometry.factor_shapes(layer, method.rank)[0][0] // len(a)
-    # Where fewer ranks are at work than the new adapter has, the others stay zero, as in PEFT.
-    a = F.pad(a, (0, 0, 0, rows - a.shape[1]))
-    b = F.pad(b, (0, rows - b.shape[2]))
-    A, B = geometry.from_pairs(layer, a, b)
-    params = {method.A: A.contiguous(), method.B: B.contiguous()}
+    params = padded(method, cut)
     if method.bias:
         params[method.bias] = _output_bias(method, parts, rule, options)
     if method.variant is not None:
         params |= _variant_tensors(method, parts, rule, options)
     return params
+
+
+def padded(method: Any, cut: Cut) -> dict[str, Tensor]:
+    """A and B of the method's rank: this pair, and zeros where it has fewer ranks, as in PEFT."""
+    layer, geometry = method.site.layer, method.geometry
+    rows = geometry.factor_shapes(layer, method.rank)[0][0] // len(cut.a)
+    a = F.pad(cut.a, (0, 0, 0, rows - cut.a.shape[1]))
+    b = F.pad(cut.b, (0, rows - cut.b.shape[2]))
+    A, B = geometry.from_pairs(layer, a, b)
+    return {method.A: A.contiguous(), method.B: B.contiguous()}
 
 
 def copies_at(
@@ -66,12 +75,17 @@ def copies_at(
     }
 
 
-def _combined(method: Any, parts: Sequence[Part], rule: Rule, options: Options) -> Pair:
-    """The pair of the rule, in the geometry's independent pairs."""
-    layer, geometry = method.site.layer, method.geometry
+def combined(parts: Sequence[Part], rule: Rule, rank: Rank, options: Options) -> Cut:
+    """The pair of the rule at one site, in the geometry's independent pairs, of scaling 1.
+
+    Args:
+        rank: of the site, for rules that truncate.
+    """
+    site, geometry = parts[0].graft.site, parts[0].graft.method.geometry
+    layer = site.layer
     dtype = _wide(t for p in parts for t in p.graft.params.values())
-    factors = [_factors(p.graft, dtype, method.site.device) for p in parts]
-    scales = [p.graft.method.scaling / method.scaling for p in parts]
+    factors = [_factors(p.graft, dtype, site.device) for p in parts]
+    scales = [p.graft.method.scaling / site.times for p in parts]
     weights = [p.weight for p in parts]
     total = [w * s for w, s in zip(weights, scales, strict=True)]
     if rule.on == "factors":
@@ -79,20 +93,30 @@ def _combined(method: Any, parts: Sequence[Part], rule: Rule, options: Options) 
         signed = [math.copysign(r, c) for r, c in zip(roots, total, strict=True)]
         A = rule.merge([A for A, _ in factors], signed, options)
         B = rule.merge([B for _, B in factors], roots, options)
-        pair: Pair = geometry.pairs(layer, A, B)
-        return pair
+        return Cut(*geometry.pairs(layer, A, B), 0.0)
     if rule.on == "delta":
         deltas = [geometry.product(layer, *f) * s for f, s in zip(factors, scales, strict=True)]
         M = geometry.as_matrices(layer, rule.merge(deltas, weights, options))
-        return svd.of_matrix(M, _rank_each(method, len(M)), options)
+        return svd.of_matrix(M, rank_each(site, len(M), rank), options)
     a, b = side_by_side([geometry.pairs(layer, *f) for f in factors], total)
-    return svd.of_factors(a, b, _rank_each(method, len(a)), options) if rule.truncates else (a, b)
+    if rule.truncates:
+        return svd.of_factors(a, b, rank_each(site, len(a), rank), options)
+    return Cut(a, b, 0.0)
 
 
-def _rank_each(method: Any, pairs: int) -> int:
-    """The new rank of each independent pair."""
-    rows: int = method.geometry.factor_shapes(method.site.layer, method.rank)[0][0]
-    return rows // pairs
+def rank_each(site: Site, pairs: int, rank: Rank) -> Rank:
+    """The rank of each of a site's independent pairs, when the site's is this."""
+    if isinstance(rank, float):
+        return rank
+    assert site.geometry is not None
+    return site.geometry.factor_shapes(site.layer, rank)[0][0] // pairs
+
+
+def rank_of(site: Site, cut: Cut) -> int:
+    """The rank of a site, when each of its independent pairs has that of ``cut``."""
+    assert site.geometry is not None
+    pairs, each, _ = cut.a.shape
+    return each * pairs**2 // site.geometry.factor_shapes(site.layer, pairs)[0][0]
 
 
 def _factors(graft: Graft, dtype: torch.dtype, device: torch.device) -> Pair:

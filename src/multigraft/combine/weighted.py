@@ -8,24 +8,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multigraft.combine.config import SiteKey, prepared_like
+from multigraft.combine.config import SiteKey, lora_like, prepared_like
+from multigraft.combine.ranks import Rank, Residual
 from multigraft.combine.request import WHERE, Request
-from multigraft.combine.sites import Part, copies_at, pair_at
+from multigraft.combine.sites import Part, combined, copies_at, pair_at, rank_of
+from multigraft.combine.svd import Cut
 from multigraft.errors import MergeError, UnsupportedError
 from multigraft.graft import Graft
 from multigraft.keys import disk_names
 from multigraft.merge import check_values
 from multigraft.prepare import Prepared
-from multigraft.site import Site
+from multigraft.survey import survey
 from multigraft.tuner import Tuner
 
 Sources = dict[tuple[SiteKey, str], list[Part]]
 """What acts at each (site, method), in the order of the adapters."""
 
 
+Pairs = dict[SiteKey, Cut]
+"""The combined pair of each site."""
+
+
 @torch.no_grad()
-def add_weighted(tuner: Tuner, request: Request, name: str) -> None:
+def add_weighted(
+    tuner: Tuner, request: Request, name: str, *, is_fitted: bool = False
+) -> list[Residual]:
     """Graft the combination beside its sources; it starts inactive and frozen.
+
+    Args:
+        is_fitted: each site gets the rank that it needs rather than the largest that one needs;
+            so it is with a share of the energy anyway.
+
+    Returns:
+        What each site lost.
 
     Raises:
         AdapterNameError: the name is taken, or a source is unknown.
@@ -35,35 +50,52 @@ def add_weighted(tuner: Tuner, request: Request, name: str) -> None:
         MergeError: a source, or what comes out, is not finite.
     """
     roster = tuner.roster
+    roster.require_free(name)
     roster.require(request.adapters)
     configs = [roster.configs[adapter] for adapter in request.adapters]
     _check_kinds(request, configs)
-    sources = _gather(tuner, request)
-    pairs = {key: parts for (key, method), parts in sources.items() if method == "LORA"}
+    sources = gather(tuner, request.adapters, request.weights)
+    loras = _loras(tuner, sources)
     _check_sources(request, sources)
-    sites: list[Site] = [parts[0].graft.site for parts in pairs.values()]
-    prepared = prepared_like(tuner, name, configs, sites, _rank(request, pairs))
-    given = dict(_values(prepared, sources, request))
-    in_float32 = any(t.dtype == torch.float32 for parts in pairs.values() for t in _held(parts))
+    rank = _rank(request, loras)
+    pairs = {key: _pair(parts, request, rank) for key, parts in loras.items()}
+    each = is_fitted or isinstance(rank, float)
+    sites = {key: parts[0].graft.site for key, parts in loras.items()}
+    ranks = {s: rank_of(s, pairs[key]) if each else int(rank) for key, s in sites.items()}
+    config = lora_like(configs, ranks)
+    prepared = prepared_like(tuner, name, config, configs, list(ranks))
+    given = dict(_values(prepared, sources, pairs, request))
+    in_float32 = any(t.dtype == torch.float32 for parts in loras.values() for t in _held(parts))
     tuner.commit(prepared, given, in_float32, activate=False)
+    return [Residual(str(s), ranks[s], pairs[key].error) for key, s in sites.items()]
 
 
-def _values(prepared: Prepared, sources: Sources, request: Request) -> Iterator[tuple[str, Tensor]]:
+def _pair(parts: Sequence[Part], request: Request, rank: Rank) -> Cut:
+    try:
+        return combined(parts, request.rule, rank, request.options)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise MergeError(
+            f"{parts[0].graft.site}: what {list(request.adapters)} give by `{request.rule.name}` "
+            f"has no singular value decomposition ({error}); nothing was added. Use smaller "
+            "weights, or `cat`."
+        ) from error
+
+
+def _values(
+    prepared: Prepared, sources: Sources, pairs: Pairs, request: Request
+) -> Iterator[tuple[str, Tensor]]:
     """The new adapter's tensors by their names on disk."""
     rule, options = request.rule, request.options
     for need, method in prepared.parts:
         site = need.site
-        parts = sources.get(((site.path, site.parameter), need.method.name), [])
+        key = site.path, site.parameter
+        parts = sources.get((key, need.method.name), [])
         if site.tied is not None:
             continue
-        combine = copies_at if need.method.rides else pair_at
-        try:
-            values = combine(method, parts, rule, options)
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            raise MergeError(
-                f"{site}: what {list(request.adapters)} give by `{rule.name}` has no singular "
-                f"value decomposition ({error}); nothing was added. Use smaller weights, or `cat`."
-            ) from error
+        if need.method.rides:
+            values = copies_at(method, parts, rule, options)
+        else:
+            values = pair_at(method, pairs[key], parts, rule, options)
         for name, spec in method.tensors().items():
             if not spec.saved:
                 continue
@@ -75,9 +107,10 @@ def _values(prepared: Prepared, sources: Sources, request: Request) -> Iterator[
             yield disk_names(site, spec.on_disk or name, prepared.config), values[name]
 
 
-def _gather(tuner: Tuner, request: Request) -> Sources:
+def gather(tuner: Tuner, adapters: Sequence[str], weights: Sequence[float]) -> Sources:
+    """What these adapters do at each site that has tensors of its own."""
     sources: Sources = {}
-    for adapter, weight in zip(request.adapters, request.weights, strict=True):
+    for adapter, weight in zip(adapters, weights, strict=True):
         for _, graft in tuner.roster.grafts(adapter):
             if graft.tied is None:
                 key = (graft.site.path, graft.site.parameter), graft.method.name
@@ -85,16 +118,24 @@ def _gather(tuner: Tuner, request: Request) -> Sources:
     return sources
 
 
-def _rank(request: Request, pairs: dict[SiteKey, list[Part]]) -> int:
-    """The new adapter's rank: the largest that any site needs."""
+def _loras(tuner: Tuner, sources: Sources) -> dict[SiteKey, list[Part]]:
+    """The LoRAs at each site, in the model's order: what is drawn is drawn in it, as in PEFT."""
+    place = {path: n for n, spot in enumerate(survey(tuner.model)) for path in spot.paths}
+    loras = [(key, parts) for (key, method), parts in sources.items() if method == "LORA"]
+    return dict(sorted(loras, key=lambda item: place.get(item[0][0], 0)))
+
+
+def _rank(request: Request, loras: dict[SiteKey, list[Part]]) -> Rank:
+    """The new adapter's rank: the largest that any site needs, unless the request says it."""
+    if request.rule.truncates and request.rank:
+        return request.rank
     ranks: dict[int, int] = {}
-    for parts in pairs.values():
+    for parts in loras.values():
         for index, part in enumerate(_by_source(request, parts)):
             if part is not None:
                 ranks[index] = max(ranks.get(index, 0), part.graft.method.rank)
-    if request.rule.truncates:
-        return request.rank or max(ranks.values())
-    return sum(ranks.values()) if request.rule.on == "stack" else max(ranks.values())
+    adds_up = request.rule.on == "stack" and not request.rule.truncates
+    return sum(ranks.values()) if adds_up else max(ranks.values())
 
 
 def _by_source(request: Request, parts: list[Part]) -> list[Part | None]:
@@ -108,7 +149,8 @@ def _check_kinds(request: Request, configs: Sequence[Any]) -> None:
         if str(config.peft_type) != "LORA":
             raise UnsupportedError(
                 f"{WHERE}: `{adapter}` is a {config.peft_type}; only LoRA adapters can be "
-                "combined. Activate several adapters at once instead, with set_adapter([…])."
+                "combined, or IA3 among themselves. Activate several adapters at once instead, "
+                "with set_adapter([…])."
             )
 
 
