@@ -69,9 +69,21 @@ class Graft:
         is_theirs = self.tied is not None and self.owners is self.tied.owners
         return self.method.from_tied(held) if is_theirs else held
 
-    def add(self, y: Tensor, x: Tensor, training: bool, base: Tensor | None = None) -> Tensor:
-        """``y`` plus this adapter's contribution for the base layer's input ``x``."""
-        return self.method.add(self.params, y, x, training, base)
+    def add(
+        self,
+        y: Tensor,
+        x: Tensor,
+        training: bool,
+        base: Tensor | None = None,
+        where: Tensor | None = None,
+    ) -> Tensor:
+        """``y`` plus this adapter's contribution for the base layer's input ``x``.
+
+        Args:
+            where: what broadcasts over ``y``, False where the adapter does not act.
+        """
+        whole = self.method.add(self.params, y, x, training, base)
+        return whole if where is None else torch.where(where, whole, y)
 
     def specs(self) -> Mapping[str, TensorSpec]:
         """What the method declares; for a stand-in, what the module holds."""

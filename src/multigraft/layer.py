@@ -53,6 +53,7 @@ class Plan:
     shown: Mapping[str, tuple[Graft, ...]] = field(default_factory=dict)
     is_additive: bool = True
     needs_base: bool = False
+    by_token: bool = False
 
     @staticmethod
     def of(grafts: Iterable[Graft], is_read: bool = False) -> Plan:
@@ -83,6 +84,7 @@ class Plan:
             shown={name: tuple(who) for name, who in shown.items()},
             is_additive=not (maps or stand_in or rebinds),
             needs_base=any(graft.method.needs_base for graft in parts["additive"]),
+            by_token=any(graft.method.by_token for graft in parts["additive"]),
         )
 
 
@@ -180,8 +182,24 @@ class AdaptedLayer(LayerFacade, nn.Module):
         for graft in plan.outputs:
             y = graft.method.output(graft.params, y)
         for graft in plan.deltas:
-            y = graft.add(y, x, self.training, base)
+            where = self.where(graft, x) if plan.by_token else None
+            y = graft.add(y, x, self.training, base, where)
         return y
+
+    def where(self, graft: Graft, x: Tensor) -> Tensor | None:
+        """Where this graft acts, as `Spans.where` says it; None for everywhere.
+
+        Raises:
+            StateError: it acts on some tokens, and the layer runs outside any call of the model.
+        """
+        if not graft.method.by_token:
+            return None
+        if self.roster.spans is None:
+            raise StateError(
+                f"{self.path}: `{graft.adapter}` acts from its invocation tokens on, and where "
+                "they are is known inside a call of the model alone. Call the PeftModel."
+            )
+        return self.roster.spans.where(graft.adapter, x, self.path)
 
     def plan_of(self, adapter: str) -> Plan:
         """The plan in which this adapter acts alone."""

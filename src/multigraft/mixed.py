@@ -118,5 +118,7 @@ def _alone(
         return y.index_copy(0, rows, layer.run(plan, part, args, kwargs).to(y.dtype))
     own = y.new_zeros((len(rows), *y.shape[1:]))
     for graft in plan.deltas:
-        own = graft.add(own, part, layer.training, base.index_select(0, rows))
+        where = layer.where(graft, x) if plan.by_token else None
+        where = where if where is None else where.index_select(0, rows)
+        own = graft.add(own, part, layer.training, base.index_select(0, rows), where)
     return y.index_add(0, rows, own)

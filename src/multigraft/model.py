@@ -27,6 +27,7 @@ from multigraft.roster import Roster
 from multigraft.routing import Route, check_names, check_present
 from multigraft.saving import files_of
 from multigraft.schedule import penalised
+from multigraft.spans import spans_of_forward, spans_of_generate
 from multigraft.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from multigraft.storage import parameter_counts
 from multigraft.tuner import Tuner, base_of
@@ -128,7 +129,7 @@ class PeftModel(PromptFacade, nn.Module):
         Raises:
             RoutingError: a name is unknown or merged, or the count is wrong.
         """
-        with self._route(adapter_names, args, kwargs):
+        with self._route(adapter_names, args, kwargs), spans_of_forward(self.roster, args, kwargs):
             args, kwargs = self._in_context(args, kwargs)
             return penalised(self.roster, self.get_base_model()(*args, **kwargs))
 
@@ -140,7 +141,8 @@ class PeftModel(PromptFacade, nn.Module):
         repeats = 1
         for option in ("num_beams", "num_return_sequences"):
             repeats = max(repeats, kwargs.get(option) or getattr(config, option, None) or 1)
-        with self._route(adapter_names, args, kwargs, repeats):
+        route = self._route(adapter_names, args, kwargs, repeats)
+        with route, spans_of_generate(self.roster, args, kwargs):
             args, kwargs = self._generating(args, kwargs)
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 

@@ -74,6 +74,8 @@ class Method:
     """Whether `delta` reads the base weight's values; a class's or an instance's trait."""
     needs_base: bool = False
     """Whether `add` reads the base layer's own output."""
+    by_token: bool = False
+    """Whether it acts on those tokens of a row that the call's spans name, and on no others."""
     batchable: ClassVar[bool] = True
     """Whether rows of one batch may use different adapters of this method."""
     mergeable: bool = True

@@ -99,7 +99,6 @@ class LoraConfig(TargetedConfig):
     _not_saved: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
     _unbuilt: ClassVar[Mapping[str, Any]] = {
         "megatron_config": None,
-        "alora_invocation_tokens": None,
         "runtime_config": {"ephemeral_gpu_offload": False},
         "arrow_config": None,
     }
@@ -163,6 +162,7 @@ class LoRA(Method):
         refusal = self.geometry.check_rank(site.layer, self.rank) or self.start.refusal(self)
         if self.variant is not None:
             self.mergeable = self.variant.mergeable
+            self.by_token = self.variant.by_token
             self.needs_weight = self.variant.needs_weight
             self.needs_base = self.variant.needs_base
             self.has_exact_gradients = self.variant.has_exact_gradients
@@ -172,6 +172,13 @@ class LoRA(Method):
         refusal = refusal or self._tie_refusal() or self._bias_refusal()
         if refusal:
             raise TargetError(f"LoRA cannot adapt {site}: {refusal}.")
+
+    @classmethod
+    def complete(cls, config: LoraConfig, model: nn.Module) -> None:
+        chosen = variant_for(config)
+        refusal = None if chosen is None else chosen.model_refusal(config, model)
+        if refusal:
+            raise TargetError(f"LoRA cannot adapt {type(model).__name__}: {refusal}.")
 
     @property
     def title(self) -> str:

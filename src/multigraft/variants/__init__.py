@@ -1,11 +1,12 @@
 """Variants of LoRA: one file each. The import list is explicit and sorted."""
 
-from multigraft.variants import bdlora, dora, kasa, mica, monteclora, qalora, velora
+from multigraft.variants import alora, bdlora, dora, kasa, mica, monteclora, qalora, velora
 from multigraft.variants.contract import VARIANTS, Variant, check_options, variant, variant_for
 
 __all__ = [
     "VARIANTS",
     "Variant",
+    "alora",
     "bdlora",
     "check_options",
     "dora",

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from multigraft.config import require
 from multigraft.errors import ConfigError, UnsupportedError, did_you_mean
@@ -31,6 +31,7 @@ class Variant:
     needs_base: ClassVar[bool] = False
     has_exact_gradients: ClassVar[bool] = True
     mergeable: ClassVar[bool] = True
+    by_token: ClassVar[bool] = False
     is_pair: ClassVar[bool] = False
     """Whether its tensors stand for a plain pair, which `pair` gives: it runs, merges and is served
     as that pair, and defines neither `add` nor `delta`."""
@@ -67,6 +68,10 @@ class Variant:
                     f"{did_you_mean(str(name), known)} It has: {', '.join(known)}."
                 )
         setattr(config, cls.option, cls.options(**value))
+
+    def model_refusal(self, config: Any, model: nn.Module) -> str | None:
+        """Why the variant cannot be had on this model, or ``None``."""
+        return None
 
     def refusal(self, lora: Method) -> str | None:
         """Why the variant cannot act at this site, or ``None``."""

@@ -1,0 +1,54 @@
+"""Gradient checkpointing: what a call told its layers is told again when a block runs once more.
+
+A checkpointed block runs a second time in the backward pass, when the call is over and its route
+and spans with it. While the call lasts, each block's checkpoint is wrapped, so that the second run
+finds what the first one found, however many calls lie between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from multigraft.roster import Roster
+
+CHECKPOINT = "_gradient_checkpointing_func"
+"""Where transformers' models keep the function that runs a block as a checkpoint."""
+
+
+@contextmanager
+def remembered(roster: Roster) -> Iterator[None]:
+    """Let checkpointed blocks of this call find its route and spans in their second run."""
+    wrapped = []
+    if torch.is_grad_enabled():
+        for module in roster.root.modules():
+            run = module.__dict__.get(CHECKPOINT)
+            if run is not None and getattr(module, "gradient_checkpointing", False):
+                wrapped.append((module, run))
+                module.__dict__[CHECKPOINT] = _remembering(roster, run)
+    try:
+        yield
+    finally:
+        for module, run in wrapped:
+            module.__dict__[CHECKPOINT] = run
+
+
+def _remembering(roster: Roster, run: Callable[..., Any]) -> Callable[..., Any]:
+    route, spans = roster.route, roster.spans
+
+    def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def again(*inputs: Any, **options: Any) -> Any:
+            before = roster.route, roster.spans
+            roster.route, roster.spans = route, spans
+            try:
+                return function(*inputs, **options)
+            finally:
+                roster.route, roster.spans = before
+
+        return run(again, *args, **kwargs)
+
+    return checkpoint
