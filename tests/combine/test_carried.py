@@ -34,6 +34,13 @@ CARRIED: dict[str, dict[str, Any]] = {
     "biases of its layers": {"target_modules": ["lin", "one"], "bias": "lora_only"},
     "all biases": {"bias": "all"},
     "saved modules": {"modules_to_save": ["head"]},
+    "PiSSA": {"target_modules": ["lin", "turned"], "init_lora_weights": "pissa"},
+    "OLoRA": {"target_modules": ["lin"], "init_lora_weights": "olora"},
+    "DoRA and PiSSA": {"target_modules": ["lin"], "init_lora_weights": "pissa", "use_dora": True},
+    "blocks": {
+        "target_modules": ["lin"],
+        "use_bdlora": {"nblocks": 2, "target_modules_bd_a": ["lin"]},
+    },
     "tokens": {"target_modules": ["lin"], "trainable_token_indices": {"emb": [1, 5]}},
 }
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from multigraft.combine.ranks import patterns
-from multigraft.config import TargetedConfig
+from multigraft.config import PeftConfig, TargetedConfig
 from multigraft.errors import TargetError, UnsupportedError
+from multigraft.methods.lora import LoraConfig
 from multigraft.prepare import Prepared
 from multigraft.site import Site
 from multigraft.sites import minimal_names
@@ -21,6 +23,16 @@ FILTERS: Mapping[str, Any] = {
     "layers_to_transform": None,
     "layers_pattern": None,
 }
+KEPT = (
+    *(field.name for field in dataclasses.fields(TargetedConfig) if field.name != "peft_type"),
+    "lora_dropout",
+    "fan_in_fan_out",
+    "layer_replication",
+    "ensure_weight_tying",
+    "megatron_config",
+    "megatron_core",
+)
+"""Fields that mean the same whatever the update is."""
 
 
 def lora_like(configs: Sequence[Any], ranks: Mapping[Site, int]) -> Any:
@@ -32,19 +44,29 @@ def lora_like(configs: Sequence[Any], ranks: Mapping[Site, int]) -> Any:
     Raises:
         UnsupportedError: the sources' options exclude each other.
     """
-    config = common(configs)
+    config = plain(configs[0])
+    config.modules_to_save = _union(c.modules_to_save for c in configs)
     targets = {site.target: rank for site, rank in ranks.items()}
     config.r, config.rank_pattern = patterns(targets, targets)
     config.lora_alpha, config.alpha_pattern = config.r, dict(config.rank_pattern)
-    # The sources' scalings are in the factors, whatever they came from.
-    config.use_rslora = False
-    config.init_lora_weights = True
-    config.use_dora = any(c.use_dora for c in configs)
-    config.lora_bias = any(c.lora_bias for c in configs)
-    config.target_parameters = _union(c.target_parameters for c in configs)
+    config.use_dora = any(getattr(c, "use_dora", False) for c in configs)
+    config.lora_bias = any(getattr(c, "lora_bias", False) for c in configs)
+    config.target_parameters = _union(getattr(c, "target_parameters", None) for c in configs)
     config.bias = _one(configs, "bias", "none")
     config.trainable_token_indices = _one(configs, "trainable_token_indices", None)
     return config
+
+
+def plain(config: PeftConfig) -> Any:
+    """A LoRA config with what is not LoRA's own of any method's config.
+
+    Scalings are in the factors, whatever they came from, and so is where factors began.
+    """
+    lora, given = LoraConfig(), config.copy()
+    for name in KEPT:
+        if hasattr(given, name):
+            setattr(lora, name, getattr(given, name))
+    return lora
 
 
 def common(configs: Sequence[Any]) -> Any:
@@ -108,9 +130,9 @@ def _union(lists: Any) -> list[str] | None:
     return list(dict.fromkeys(name for each in lists for name in each or ())) or None
 
 
-def _one(configs: Sequence[TargetedConfig], field: str, neutral: Any) -> Any:
+def _one(configs: Sequence[PeftConfig], field: str, neutral: Any) -> Any:
     """The value that all sources have which have any."""
-    values = [v for c in configs if (v := getattr(c, field)) != neutral]
+    values = [v for c in configs if (v := getattr(c, field, neutral)) != neutral]
     if any(value != values[0] for value in values):
         raise UnsupportedError(
             f"adapters with different `{field}` ({', '.join(map(repr, values))}) cannot be "

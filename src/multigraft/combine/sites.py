@@ -112,15 +112,22 @@ def rank_each(site: Site, pairs: int, rank: Rank) -> Rank:
     return site.geometry.factor_shapes(site.layer, rank)[0][0] // pairs
 
 
-def rank_of(site: Site, cut: Cut) -> int:
-    """The rank of a site, when each of its independent pairs has that of ``cut``."""
+def rank_of(site: Site, a: Tensor) -> int:
+    """The rank of a site whose independent pairs have these factors, ``(n, rank, in)``."""
     assert site.geometry is not None
-    pairs, each, _ = cut.a.shape
+    pairs, each, _ = a.shape
     return each * pairs**2 // site.geometry.factor_shapes(site.layer, pairs)[0][0]
 
 
+def width(graft: Graft) -> int:
+    """The rank of what a LoRA does at its site: more than its own where it began elsewhere."""
+    site, method = graft.site, graft.method
+    a, _ = method.geometry.pairs(site.layer, *method.factors(graft.params))  # type: ignore[attr-defined]
+    return rank_of(site, a)
+
+
 def _factors(graft: Graft, dtype: torch.dtype, device: torch.device) -> Pair:
-    A, B = (graft.params[name] for name in graft.method.geometry.factors)
+    A, B = graft.method.factors(graft.params)  # type: ignore[attr-defined]
     return A.to(device, dtype), B.to(device, dtype)
 
 
@@ -143,14 +150,9 @@ def _variant_tensors(
 
     A source without the variant has those with which the variant acts as its plain pair does.
     """
-    params = parts[0].graft.params
-    still = _with_variant(method, method, {n: torch.zeros_like(t) for n, t in params.items()})
-    own = [
-        p.graft.params
-        if p.graft.method.variant is not None  # type: ignore[attr-defined]
-        else _with_variant(method, p.graft.method, p.graft.params)
-        for p in parts
-    ]
+    A, B = parts[0].graft.method.factors(parts[0].graft.params)  # type: ignore[attr-defined]
+    still = _with_variant(method, (torch.zeros_like(A), torch.zeros_like(B)), 1.0)
+    own = [_own_or_made(method, part.graft) for part in parts]
     return {
         name: _changed(
             value, [(t[name], p.weight) for t, p in zip(own, parts, strict=True)], rule, options
@@ -159,14 +161,24 @@ def _variant_tensors(
     }
 
 
-def _with_variant(method: Any, lora: Method, pair: Params) -> dict[str, Tensor]:
-    """The tensors of ``method``'s variant for the pair of ``lora``."""
-    dtype, device = _wide(pair.values()), method.site.device
+def _own_or_made(method: Any, graft: Graft) -> Params:
+    """A source's tensors of the variant, or those with which it would act as its plain pair."""
+    lora: Any = graft.method
+    if lora.variant is not None and lora.variant.name == method.variant.name:
+        return graft.params
+    return _with_variant(method, lora.factors(graft.params), lora.scaling)
+
+
+def _with_variant(method: Any, pair: Pair, scaling: float) -> dict[str, Tensor]:
+    """The tensors of ``method``'s variant for a plain pair of this scaling."""
+    lora = type(method)(method.site, method.config)
+    lora.scaling = scaling
+    dtype, device = _wide(pair), method.site.device
     fresh = {
         name: torch.empty(spec.shape, dtype=dtype, device=device)
-        for name, spec in method.variant.tensors(method).items()
+        for name, spec in lora.variant.tensors(lora).items()
     }
-    method.variant.reset(lora, {**pair, **fresh})
+    lora.variant.reset(lora, {lora.A: pair[0], lora.B: pair[1], **fresh})
     return fresh
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from multigraft.combine.config import SiteKey, lora_like, prepared_like
 from multigraft.combine.ranks import Rank, Residual
 from multigraft.combine.request import WHERE, Request
-from multigraft.combine.sites import Part, combined, copies_at, pair_at, rank_of
+from multigraft.combine.sites import Part, combined, copies_at, pair_at, rank_of, width
 from multigraft.combine.svd import Cut
 from multigraft.errors import MergeError, UnsupportedError
 from multigraft.graft import Graft
@@ -61,7 +61,7 @@ def add_weighted(
     pairs = {key: _pair(parts, request, rank) for key, parts in loras.items()}
     each = is_fitted or isinstance(rank, float)
     sites = {key: parts[0].graft.site for key, parts in loras.items()}
-    ranks = {s: rank_of(s, pairs[key]) if each else int(rank) for key, s in sites.items()}
+    ranks = {s: rank_of(s, pairs[key].a) if each else int(rank) for key, s in sites.items()}
     config = lora_like(configs, ranks)
     prepared = prepared_like(tuner, name, config, configs, list(ranks))
     given = dict(_values(prepared, sources, pairs, request))
@@ -133,7 +133,7 @@ def _rank(request: Request, loras: dict[SiteKey, list[Part]]) -> Rank:
     for parts in loras.values():
         for index, part in enumerate(_by_source(request, parts)):
             if part is not None:
-                ranks[index] = max(ranks.get(index, 0), part.graft.method.rank)
+                ranks[index] = max(ranks.get(index, 0), width(part.graft))
     adds_up = request.rule.on == "stack" and not request.rule.truncates
     return sum(ranks.values()) if adds_up else max(ranks.values())
 
@@ -160,12 +160,16 @@ def _check_sources(request: Request, sources: Sources) -> None:
         where = f"{path}.{parameter}" if parameter else path
         for part in parts:
             _check_graft(where, part.graft)
-        ranks = {p.graft.adapter: p.graft.method.rank for p in parts}
-        if request.rule.on == "factors" and len(set(ranks.values())) > 1:
+        ranks = _ranks(parts) if request.rule.on == "factors" else {}
+        if len(set(ranks.values())) > 1:
             raise UnsupportedError(
                 f"{WHERE}: `{request.rule.name}` adds up factors, which must have the same rank; "
                 f"at {where} they are {ranks}. Use `cat` or a rule that ends in `svd`."
             )
+
+
+def _ranks(parts: Sequence[Part]) -> dict[str, int]:
+    return {p.graft.adapter: width(p.graft) for p in parts if p.graft.method.name == "LORA"}
 
 
 def _check_saved(sources: Sources) -> None:
@@ -183,7 +187,7 @@ def _check_saved(sources: Sources) -> None:
 
 def _check_graft(where: str, graft: Graft) -> None:
     variant = getattr(graft.method, "variant", None)
-    if variant is not None and not variant.combines:
+    if variant is not None and not (variant.combines or variant.is_pair):
         raise UnsupportedError(
             f"{WHERE}: `{graft.adapter}` uses LoRA's variant `{variant.name}`, whose effect is "
             "not that of a sum. Activate the adapters together instead, or merge this one."
