@@ -182,7 +182,11 @@ class _Stub(Graft):
 
     @property
     def method(self) -> Any:
-        return type("Method", (), {"kind": self.kind, "needs_base": self.kind == "additive"})
+        return type(
+            "Method",
+            (),
+            {"kind": self.kind, "needs_base": self.kind == "additive", "by_token": False},
+        )
 
     @property
     def site(self) -> Any:

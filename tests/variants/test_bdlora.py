@@ -146,7 +146,7 @@ def test_what_does_not_fit_the_layer_is_refused(options: dict[str, Any], message
     ("options", "message"),
     [
         ({"lora_bias": True}, "`lora_bias` has no place in the file of a block-diagonal B"),
-        ({"init_lora_weights": "pissa"}, "set `init_lora_weights` to True"),
+        ({"init_lora_weights": "orthogonal"}, "set `init_lora_weights` to True"),
     ],
 )
 def test_options_that_exclude_it_are_refused(options: dict[str, Any], message: str) -> None:

@@ -104,7 +104,7 @@ def test_the_number_of_groups_scales_the_mean() -> None:
     [
         ({"qalora_group_size": 5}, r"`qalora_group_size` \(=5\) must divide .* try 4, 6"),
         ({"lora_bias": True}, "`use_qalora` cannot be combined with `lora_bias`"),
-        ({"init_lora_weights": "pissa"}, "set `init_lora_weights` to True"),
+        ({"init_lora_weights": "orthogonal"}, "set `init_lora_weights` to True"),
     ],
 )
 def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str) -> None:

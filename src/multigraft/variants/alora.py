@@ -68,11 +68,6 @@ class ALora(Variant):
                 "`alora_invocation_tokens` is for linear layers that run; leave this one out with "
                 "`exclude_modules`"
             )
-        if lora.start.takes_out:  # type: ignore[attr-defined]
-            return (
-                "`alora_invocation_tokens` leaves the base as it is before the invocation, and "
-                f"{lora.config.init_lora_weights!r} does not; set `init_lora_weights` to True"
-            )
         return None
 
     def add(
