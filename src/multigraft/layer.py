@@ -300,6 +300,13 @@ class AdaptedLayer(LayerFacade, nn.Module):
             container._modules[container.key(graft.adapter)] = graft.shared.leaf
             graft.owners |= {name: (graft.shared.leaf, name) for name in graft.shared.specs}
 
+    def add_buffer(self, graft: Graft, name: str, tensor: Tensor) -> None:
+        """Register one more tensor of a graft here, which no state dict shows."""
+        owner, key = self._group(name).place(graft.adapter, graft.site.label, "")
+        hold(owner, key, tensor)
+        owner._non_persistent_buffers_set.add(key)
+        graft.owners[name] = owner, key
+
     def add_stand_in(self, graft: Graft, module: nn.Module) -> None:
         """Register a trained copy of the base layer under ``modules_to_save.<adapter>``."""
         self.roster.forget_stacks()

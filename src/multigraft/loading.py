@@ -59,11 +59,17 @@ def load_into(
     config: PeftConfig | None = None,
     activate: bool | None = None,
     allow_pickle: bool = False,
+    hotswap: bool = False,
     **options: Any,
 ) -> checkpoint.LoadReport:
     """Load one adapter; see `PeftModel.load_adapter` for the arguments."""
+    if hotswap:
+        from multigraft.hotswap import hotswap_adapter
+
+        hotswap_adapter(tuner, source, adapter, **options)
+        return checkpoint.LoadReport()
     check_name(adapter)
-    _check_options(options)
+    check_options(options)
     if config is None:
         config, options = read_config(source, adapter, options)
     config = own_copy(config)
@@ -174,7 +180,7 @@ def _warn_of_another_base(tuner: Tuner, config: PeftConfig) -> None:
         )
 
 
-def _check_options(options: Mapping[str, Any]) -> None:
+def check_options(options: Mapping[str, Any]) -> None:
     unknown = sorted(set(options) - {*HUB_OPTIONS, "subfolder", "proxies", "use_safetensors"})
     if unknown:
         raise CheckpointError(

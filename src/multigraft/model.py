@@ -320,6 +320,7 @@ class PeftModel(PromptFacade, nn.Module):
             key_mapping: regular expressions to replacements for the file's keys.
             strict: fail on missing, unexpected and non-finite tensors.
             ignore_mismatched_sizes: leave tensors of another shape at their initial values.
+            kwargs: where the files are; ``hotswap=True`` for `multigraft.hotswap.hotswap_adapter`.
 
         Returns:
             What the file and the model disagreed about, when that was allowed.

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import warnings
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from multigraft import CheckpointError, ConfigError
 from tests.docs.comparison import (
     CONFIG,
     WEIGHTS,
     Raises,
+    X,
     graft,
     layers,
     llama,
     load,
+    near,
     net,
     row,
     saved,
@@ -149,6 +152,37 @@ def _(library, folder):
 def _(library, folder):
     graft(library, name="default").save_pretrained(folder)
     return min(json.loads((folder / CONFIG).read_text())["target_modules"])
+
+
+def swap_module(library):
+    return importlib.import_module(f"{library.__name__}{PLACES[library.__name__]}")
+
+
+PLACES = {"peft": ".utils.hotswap", "multigraft": ".hotswap"}
+
+
+@row("hot-swapping an adapter with `rank_pattern`", peft=False, ours=True)
+def _(library, folder):
+    new = graft(library, ["up"], "default", rank_pattern={"up": 4})
+    new.save_pretrained(folder)
+    model = graft(library, ["up"], "default", r=4)
+    swap_module(library).hotswap_adapter(model, str(folder), "default", torch_device="cpu")
+    return near(model(X), new(X))
+
+
+@row("hot-swapping an adapter that does not fit", peft=False, ours=True)
+def _(library, folder):
+    graft(library, ["up"], "default").save_pretrained(folder)
+    state = load_file(folder / WEIGHTS)
+    first, last = min(state), max(state)
+    save_file(
+        {k: v[:, :3] if k == last else v for k, v in state.items() if k != first}, folder / WEIGHTS
+    )
+    model = graft(library, ["up"], "default")
+    before = model(X)
+    with contextlib.suppress(RuntimeError, ValueError):
+        swap_module(library).hotswap_adapter(model, str(folder), "default", torch_device="cpu")
+    return near(model(X), before)
 
 
 @row("a compiled base", peft=True, ours=False)
