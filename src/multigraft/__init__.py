@@ -4,6 +4,7 @@ The names are PEFT's, so that ``from peft import ...`` becomes ``from multigraft
 """
 
 from multigraft.auto import get_peft_model
+from multigraft.calibration.eva import get_eva_state_dict, initialize_lora_eva_weights
 from multigraft.config import PeftConfig, PeftType, TaskType
 from multigraft.errors import (
     AdapterNameError,
@@ -21,7 +22,8 @@ from multigraft.errors import (
     TrainingError,
     UnsupportedError,
 )
-from multigraft.inspection import inspect, targets, verify
+from multigraft.initialisations.eva import EvaConfig
+from multigraft.inspection import diff, inspect, targets, verify
 from multigraft.kbit import prepare_model_for_kbit_training
 from multigraft.layer import AdaptedLayer
 from multigraft.methods.adalora import AdaLoraConfig
@@ -106,10 +108,13 @@ __all__ = [
     "VeloraConfig",
     "VeraConfig",
     "__version__",
+    "diff",
+    "get_eva_state_dict",
     "get_layer_status",
     "get_model_status",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "inspect",
     "prepare_model_for_kbit_training",

@@ -1,6 +1,6 @@
 """Initialisations of LoRA: one file each. The import list is explicit and sorted."""
 
-from multigraft.initialisations import mica, olora, orthogonal, pissa, plain
+from multigraft.initialisations import eva, mica, olora, orthogonal, pissa, plain
 from multigraft.initialisations.contract import (
     INITIALISATIONS,
     START_A,
@@ -19,6 +19,7 @@ __all__ = [
     "START_B",
     "STARTS",
     "Initialisation",
+    "eva",
     "initialisation",
     "initialisation_for",
     "mica",

@@ -9,10 +9,9 @@ On an embedding B is normal and A zero: each column of A is one token's code.
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor, nn
 
+from multigraft.initialisations._kaiming import kaiming
 from multigraft.initialisations.contract import Initialisation, LowRank, initialisation
 
 
@@ -52,9 +51,3 @@ class Random(Initialisation):
         else:
             kaiming(A)
             kaiming(B)
-
-
-def kaiming(tensor: Tensor) -> None:
-    """Kaiming uniform with ``a = sqrt(5)``, as `nn.Linear` does: the bound is 1 / sqrt(fan in)."""
-    bound = 1 / math.sqrt(max(1, tensor[0].numel()))
-    nn.init.uniform_(tensor, -bound, bound)

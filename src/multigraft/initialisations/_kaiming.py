@@ -1,0 +1,13 @@
+"""The uniform draw with which `nn.Linear`, and so LoRA's A, begins."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+
+def kaiming(tensor: Tensor) -> None:
+    """Kaiming uniform with ``a = sqrt(5)``: the bound is 1 / sqrt(fan in)."""
+    bound = 1 / math.sqrt(max(1, tensor[0].numel()))
+    nn.init.uniform_(tensor, -bound, bound)
