@@ -1,0 +1,357 @@
+"""aLoRA against PEFT: forwards, gradients, generation; and where PEFT loses the invocation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+import multigraft
+from multigraft import ConfigError, LoraConfig, RoutingError, StateError, TargetError
+from multigraft import PeftModel as Ours
+from tests.methods.against_peft import config_at, filled, near, tensors_at
+from tests.oracle import quiet
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+    "bos_token_id": 38,
+    "eos_token_id": 39,
+}
+INVOCATION = [5, 6]
+OPTIONS: dict[str, Any] = {
+    "r": 4,
+    "lora_alpha": 8,
+    "target_modules": ["q_proj", "v_proj", "down_proj"],
+    "task_type": "CAUSAL_LM",
+    "alora_invocation_tokens": INVOCATION,
+}
+IDS = torch.tensor(
+    [
+        [1, 5, 6, 7, 5, 6, 9, 3],  # twice: the last one counts
+        [1, 2, 3, 4, 7, 8, 9, 3],  # never
+        [5, 6, 1, 2, 3, 4, 4, 5],  # from the first token on, and half of one at the end
+        [0, 0, 0, 1, 2, 3, 5, 6],  # padded on the left, and nothing after it
+        [7, 5, 6, 9, 1, 0, 0, 0],  # padded on the right
+    ]
+)
+MASK = IDS.ne(0).long()
+SPANS = [4, 0, 8, 2, 7]
+
+
+def base(**more: Any) -> Any:
+    """A tiny causal language model."""
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, **more)).eval()
+
+
+def both(**more: Any) -> tuple[Ours, Any]:
+    """The same filled adapter in both libraries."""
+    options = OPTIONS | more
+    ours = multigraft.get_peft_model(base(), LoraConfig(**options)).eval()
+    with quiet():
+        theirs = peft.get_peft_model(base(), peft.LoraConfig(**options)).eval()
+        state = peft.get_peft_model_state_dict(theirs, save_embedding_layers=False)
+        state = filled(state, 0.3)
+        peft.set_peft_model_state_dict(theirs, state)
+    multigraft.set_peft_model_state_dict(ours, state)
+    return ours, theirs
+
+
+def ours_alone(**more: Any) -> Ours:
+    return both(**more)[0]
+
+
+def add(model: Ours, name: str, seed: int, **options: Any) -> None:
+    """One more filled adapter."""
+    model.add_adapter(name, LoraConfig(**(OPTIONS | options)))
+    state = multigraft.get_peft_model_state_dict(model, adapter_name=name)
+    torch.manual_seed(seed)
+    state = {key: 0.3 * torch.randn_like(value) for key, value in state.items()}
+    multigraft.set_peft_model_state_dict(model, state, name)
+
+
+def last(ids: Tensor, tokens: list[int]) -> int:
+    """The span of one row, spelled out."""
+    row = ids.tolist()
+    starts = [i for i in range(len(row)) if row[i : i + len(tokens)] == tokens]
+    return len(row) - starts[-1] if starts else 0
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"use_rslora": True}, {"lora_bias": True}, {"lora_dropout": 0.5}],
+    ids=lambda more: ",".join(more) or "plain",
+)
+def test_outputs_and_gradients_agree(more: dict[str, Any]) -> None:
+    ours, theirs = both(**more)
+    found, expected = (m(IDS, attention_mask=MASK, labels=IDS) for m in (ours, theirs))
+    near(found.logits, expected.logits)
+    found.loss.backward(), expected.loss.backward()
+    grads = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+    mine = {n: p.grad for n, p in ours.named_parameters() if p.grad is not None}
+    assert mine.keys() == grads.keys() and mine
+    for name, grad in mine.items():
+        near(grad, grads[name], name)
+
+
+def test_a_row_without_the_invocation_is_the_bases_to_the_bit() -> None:
+    plain, ours = base(), ours_alone()
+    with torch.no_grad():
+        expected, found = plain(IDS).logits, ours(IDS).logits
+    for row, span in enumerate(SPANS):
+        before = IDS.shape[1] - span
+        assert torch.equal(found[row, :before], expected[row, :before])
+        assert (
+            not span or not torch.isclose(found[row, before:], expected[row, before:]).any(0).all()
+        )
+
+
+def test_from_the_invocation_on_it_is_plain_lora() -> None:
+    ours = ours_alone()
+    plain = multigraft.get_peft_model(
+        base(), LoraConfig(**(OPTIONS | {"alora_invocation_tokens": None}))
+    ).eval()
+    multigraft.set_peft_model_state_dict(plain, multigraft.get_peft_model_state_dict(ours))
+    path = "model.layers.0.self_attn.q_proj"
+    layer, same = (m.get_base_model().get_submodule(path) for m in (ours, plain))
+    seen: dict[str, Tensor] = {}
+    layer.register_forward_hook(lambda _, args, y: seen.update(x=args[0], y=y))
+    ours(torch.tensor([[*INVOCATION, 1], [1, 2, 3]]))
+    near(seen["y"][0], same(seen["x"])[0])
+    assert torch.equal(seen["y"][1], layer.base_layer(seen["x"])[1])
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "anew"])
+def test_generation_agrees_with_peft_and_with_itself_without_a_cache(cached: bool) -> None:
+    """Without a cache PEFT's active tokens slide along with what is written."""
+    ours, theirs = both()
+    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": MASK}
+    expected = theirs.generate(input_ids=IDS, **options)
+    assert not torch.equal(expected, base().generate(input_ids=IDS, **options))
+    assert torch.equal(ours.generate(IDS, use_cache=cached, **options), expected)
+
+
+def test_generation_goes_on_from_a_cache_of_the_base() -> None:
+    """What aLoRA is for: the base's cache of all that stands before the invocation."""
+    ours = ours_alone()
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7]])
+    with torch.no_grad(), ours.disable_adapter():
+        cache = ours(ids[:, :3], use_cache=True).past_key_values
+    options = {"max_new_tokens": 5, "do_sample": False}
+    expected = ours.generate(ids, **options)
+    assert torch.equal(ours.generate(ids, past_key_values=cache, **options), expected)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}])
+def test_beams_follow_their_rows(options: dict[str, int]) -> None:
+    """PEFT refuses beams."""
+    ours = ours_alone()
+    rows = [0, 2, 3]
+    together = ours.generate(
+        IDS[rows], attention_mask=MASK[rows], max_new_tokens=4, do_sample=False, **options
+    )
+    per_row = options.get("num_return_sequences", 1)
+    for place, row in enumerate(rows):
+        alone = ours.generate(
+            IDS[[row]], attention_mask=MASK[[row]], max_new_tokens=4, do_sample=False, **options
+        )
+        assert torch.equal(together[place * per_row : (place + 1) * per_row], alone)
+
+
+def test_a_prompt_may_be_read_in_pieces() -> None:
+    ours = ours_alone()
+    options = {"max_new_tokens": 4, "do_sample": False}
+    expected = ours.generate(IDS[:1], **options)
+    assert torch.equal(ours.generate(IDS[:1], prefill_chunk_size=3, **options), expected)
+
+
+def test_a_loop_of_ones_own_says_where_the_adapter_acts() -> None:
+    ours = ours_alone()
+    whole = torch.tensor([[1, 5, 6, 7, 8, 9], [1, 2, 3, 4, 7, 8]])
+    with torch.no_grad():
+        expected = ours(whole).logits[:, -1]
+        cache = ours(whole[:, :-1], use_cache=True).past_key_values
+        with pytest.raises(RoutingError, match=r"goes on from a cache.*`alora_offsets`"):
+            ours(whole[:, -1:], past_key_values=cache)
+        found = ours(whole[:, -1:], past_key_values=cache, alora_offsets=[5, None]).logits
+    near(found[:, -1], expected)
+
+
+def test_offsets_that_are_given_agree_with_peft() -> None:
+    ours, theirs = both()
+    offsets = [3, None, 8, 20, 1]
+    near(ours(IDS, alora_offsets=offsets).logits, theirs(IDS, alora_offsets=offsets).logits)
+
+
+def test_embeddings_instead_of_tokens_need_offsets() -> None:
+    """PEFT gives the base's output, with a warning."""
+    ours = ours_alone()
+    embedded = ours.get_input_embeddings()(IDS).detach()
+    with pytest.raises(RoutingError, match=r"no token ids .*`alora_offsets`"):
+        ours(inputs_embeds=embedded)
+    found = ours(inputs_embeds=embedded, alora_offsets=[s or None for s in SPANS])
+    near(found.logits, ours(IDS).logits)
+
+
+def test_two_side_by_side_act_each_from_its_own_invocation() -> None:
+    """PEFT looks for the first one's alone, and lets both act from there."""
+    ours = ours_alone(target_modules=["lm_head"])
+    add(ours, "other", 1, target_modules=["lm_head"], alora_invocation_tokens=[7])
+    hidden = ours.get_base_model().model(IDS)[0].detach()
+    with torch.no_grad():
+        ours.set_adapter(["default", "other"])
+        found = ours(IDS).logits
+        expected = ours.lm_head.base_layer(hidden)
+        for name, tokens in (("default", INVOCATION), ("other", [7])):
+            layer = ours.lm_head
+            A, B = (getattr(layer, part)[name].weight for part in ("lora_A", "lora_B"))
+            for row, ids in enumerate(IDS):
+                start = len(ids) - last(ids, tokens)
+                expected[row, start:] += 2 * hidden[row, start:] @ A.T @ B.T
+    near(found, expected)
+
+
+def test_a_mixed_batch_is_row_by_row() -> None:
+    ours = ours_alone()
+    add(ours, "other", 1, alora_invocation_tokens=[7])
+    add(ours, "plain", 2, alora_invocation_tokens=None)
+    names = ["default", "other", "plain", "__base__", "default"]
+    with torch.no_grad():
+        found = ours(IDS, adapter_names=names).logits
+        written = ours.generate(IDS, adapter_names=names, max_new_tokens=3, do_sample=False)
+        for row, name in enumerate(names):
+            if name == "__base__":
+                with ours.disable_adapter():
+                    near(found[row], ours(IDS).logits[row])
+                continue
+            ours.set_adapter(name)
+            near(found[row], ours(IDS).logits[row], name)
+            alone = ours.generate(IDS, max_new_tokens=3, do_sample=False)
+            assert torch.equal(written[row], alone[row])
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_checkpointed_training_has_the_same_gradients(reentrant: bool) -> None:
+    """Also when the second call comes before the first one's backward pass, which PEFT refuses."""
+    ours = ours_alone()
+    ours.train()
+
+    def grads(checkpointed: bool) -> list[Tensor]:
+        ours.zero_grad()
+        if checkpointed:
+            ours.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            ours.enable_input_require_grads()
+        first, second = (ours(IDS[rows], labels=IDS[rows]).loss for rows in ([0, 1], [2, 3, 4]))
+        first.backward(), second.backward()
+        return [p.grad.clone() for p in ours.parameters() if p.grad is not None]
+
+    expected = grads(False)
+    for one, other in zip(grads(True), expected, strict=True):
+        near(one, other)
+
+
+def test_checkpointed_mixed_batches_have_the_same_gradients() -> None:
+    ours = ours_alone()
+    add(ours, "plain", 2, alora_invocation_tokens=None)
+    ours.base_model.set_requires_grad(["default", "plain"])
+    ours.train()
+    names = ["default", "plain", "default", "__base__", "plain"]
+    found = []
+    for checkpointed in (False, True):
+        ours.zero_grad()
+        if checkpointed:
+            ours.gradient_checkpointing_enable({"use_reentrant": False})
+        ours(IDS, labels=IDS, adapter_names=names).loss.backward()
+        found.append([p.grad.clone() for p in ours.parameters() if p.grad is not None])
+    assert len(found[0]) == 2 * 2 * 3 * 2
+    for one, other in zip(*found, strict=True):
+        near(one, other)
+
+
+def test_a_layer_outside_a_call_is_an_error_rather_than_the_base() -> None:
+    """PEFT gives the base's output."""
+    ours = ours_alone()
+    with pytest.raises(StateError, match="inside a call of the model alone"):
+        ours.get_base_model()(IDS)
+    with ours.disable_adapter():
+        ours.get_base_model()(IDS)
+
+
+def test_merging_is_refused_with_the_remedy() -> None:
+    ours = ours_alone()
+    before = {n: p.clone() for n, p in ours.named_parameters()}
+    for merge in (ours.merge_adapter, ours.merge_and_unload):
+        with pytest.raises(
+            multigraft.UnsupportedError, match=r"\(alora\), .*Keep it as an adapter"
+        ):
+            merge()
+    assert all(torch.equal(p, before[n]) for n, p in ours.named_parameters())
+
+
+def test_files_of_either_load_in_the_other(tmp_path: Path) -> None:
+    ours, theirs = both()
+    ours.save_pretrained(tmp_path / "ours")
+    with quiet():
+        theirs.save_pretrained(tmp_path / "theirs")
+    one, two = tensors_at(tmp_path / "ours"), tensors_at(tmp_path / "theirs")
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    assert config_at(tmp_path / "ours") == config_at(tmp_path / "theirs")
+    with quiet():
+        there = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
+    here = Ours.from_pretrained(base(), tmp_path / "theirs").eval()
+    expected = ours(IDS).logits
+    near(there(IDS).logits, expected)
+    near(here(IDS).logits, expected)
+
+
+def test_deleting_it_leaves_no_hook_behind() -> None:
+    ours = ours_alone()
+    ours.generate(IDS, max_new_tokens=2)
+    assert not ours.get_base_model()._forward_pre_hooks
+    ours.delete_adapter("default")
+    assert torch.equal(ours(IDS).logits, base()(IDS).logits)
+
+
+@pytest.mark.parametrize("tokens", [[], "ab", [1.0], [-1], [True], 5])
+def test_what_is_no_list_of_tokens_is_refused(tokens: Any) -> None:
+    with pytest.raises(ConfigError, match="`alora_invocation_tokens`"):
+        LoraConfig(alora_invocation_tokens=tokens)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alora_invocation_tokens": [5, 40]}, "holds 40, and the model's tokens end at 39"),
+        ({"target_modules": ["embed_tokens"]}, "is for linear layers that run"),
+        ({"init_lora_weights": "pissa"}, "takes a part out of the base"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TargetError, match=message):
+        multigraft.get_peft_model(base(), LoraConfig(**(OPTIONS | options)))
+
+
+def test_models_with_an_encoder_are_refused() -> None:
+    config = transformers.T5Config(vocab_size=40, d_model=8, d_kv=4, d_ff=8, num_layers=1)
+    with pytest.raises(TargetError, match="has an encoder; use plain LoRA"):
+        multigraft.get_peft_model(
+            transformers.T5ForConditionalGeneration(config),
+            LoraConfig(target_modules=["q"], alora_invocation_tokens=[5]),
+        )
+
+
+@pytest.mark.parametrize("offsets", [[1], [1, 2, 3, 4, -1], [1, 2, 3, 4, 1.5]])
+def test_offsets_that_do_not_suit_the_batch_are_refused(offsets: list[Any]) -> None:
+    with pytest.raises(RoutingError, match="does not suit a batch of 5"):
+        ours_alone()(IDS, alora_offsets=offsets)
