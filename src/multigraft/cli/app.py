@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 import multigraft
+from multigraft.cli.diff import diff
 from multigraft.cli.interrupted import EXIT_CODE, Interrupted
 from multigraft.cli.quickstart import quickstart
 from multigraft.cli.quiet import hush
@@ -68,3 +69,4 @@ def options(
 app.command()(quickstart)
 app.command()(train)
 app.command()(targets)
+app.command()(diff)

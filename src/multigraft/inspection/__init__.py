@@ -1,6 +1,14 @@
 """What hangs where in a model: its adapted sites, and the adapters side by side at each."""
 
 from multigraft.inspection.checks import Violation
+from multigraft.inspection.diff import (
+    ChangeDifference,
+    Difference,
+    FieldDifference,
+    TensorDifference,
+    diff,
+)
+from multigraft.inspection.files import AdapterFiles, read_adapter, read_adapters
 from multigraft.inspection.outline import Node, outline, render
 from multigraft.inspection.request import config_for
 from multigraft.inspection.structure import (
@@ -15,6 +23,10 @@ from multigraft.inspection.verify import Report, verify
 
 __all__ = [
     "AdaptedSite",
+    "AdapterFiles",
+    "ChangeDifference",
+    "Difference",
+    "FieldDifference",
     "Node",
     "Report",
     "SiteAdapter",
@@ -24,10 +36,14 @@ __all__ = [
     "TargetGroup",
     "TargetPart",
     "TargetPlan",
+    "TensorDifference",
     "Violation",
     "config_for",
+    "diff",
     "inspect",
     "outline",
+    "read_adapter",
+    "read_adapters",
     "render",
     "targets",
     "verify",

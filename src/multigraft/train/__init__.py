@@ -18,7 +18,7 @@ from multigraft.train.lane import Lane
 from multigraft.train.load import attach, load_model, load_tokenizer, pad_token
 from multigraft.train.loop import OnStep, Progress, train
 from multigraft.train.recipe import SCHEDULES, Recipe
-from multigraft.train.skeleton import load_skeleton
+from multigraft.train.skeleton import load_base, load_skeleton
 
 __all__ = [
     "SCHEDULES",
@@ -45,6 +45,7 @@ __all__ = [
     "encode",
     "encode_one",
     "generate",
+    "load_base",
     "load_model",
     "load_skeleton",
     "load_tokenizer",

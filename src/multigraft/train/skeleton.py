@@ -40,6 +40,19 @@ def load_skeleton(source: str | os.PathLike[str]) -> nn.Module:
     return model.eval()
 
 
+def load_base(source: str | os.PathLike[str], *, dtype: str = "auto") -> nn.Module:
+    """The same with its weights, on the CPU, whatever task it is for.
+
+    Raises:
+        CheckpointError: there is no such model, or it cannot be read.
+    """
+    bones = load_skeleton(source)  # what cannot be built is said before gigabytes are read
+    load: Any = type(bones).from_pretrained  # type: ignore[attr-defined]
+    model: nn.Module = fetch(source, "model", load, dtype=dtype)
+    model.name_or_path = os.fspath(source)  # type: ignore[assignment]
+    return model.eval()
+
+
 def model_class(config: Any) -> Any:
     """What builds a model from a config: the class that it names, or its architecture's usual."""
     import transformers as library
