@@ -69,6 +69,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "EvaConfig",
     "HiraConfig",
     "IA3Config",
     "KasaConfig",

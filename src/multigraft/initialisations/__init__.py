@@ -3,6 +3,7 @@
 from multigraft.initialisations import eva, mica, olora, orthogonal, pissa, plain
 from multigraft.initialisations.contract import (
     INITIALISATIONS,
+    MATRICES,
     START_A,
     START_B,
     STARTS,
@@ -15,6 +16,7 @@ from multigraft.initialisations.contract import (
 
 __all__ = [
     "INITIALISATIONS",
+    "MATRICES",
     "START_A",
     "START_B",
     "STARTS",
