@@ -10,11 +10,13 @@ import typer
 
 import multigraft
 from multigraft.cli.diff import diff
+from multigraft.cli.inspect import inspect
 from multigraft.cli.interrupted import EXIT_CODE, Interrupted
 from multigraft.cli.quickstart import quickstart
 from multigraft.cli.quiet import hush
 from multigraft.cli.targets import targets
 from multigraft.cli.train import train
+from multigraft.cli.verify import verify
 from multigraft.errors import MultigraftError
 
 app = typer.Typer(
@@ -68,5 +70,7 @@ def options(
 
 app.command()(quickstart)
 app.command()(train)
+app.command()(inspect)
+app.command()(verify)
 app.command()(targets)
 app.command()(diff)

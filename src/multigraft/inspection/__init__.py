@@ -1,5 +1,6 @@
 """What hangs where in a model: its adapted sites, and the adapters side by side at each."""
 
+from multigraft.inspection.assemble import assemble
 from multigraft.inspection.checks import Violation
 from multigraft.inspection.diff import (
     ChangeDifference,
@@ -38,6 +39,7 @@ __all__ = [
     "TargetPlan",
     "TensorDifference",
     "Violation",
+    "assemble",
     "config_for",
     "diff",
     "inspect",
