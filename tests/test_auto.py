@@ -48,12 +48,12 @@ def test_a_revision_is_noted_unless_the_config_has_one() -> None:
 
 
 @pytest.mark.parametrize("mixed", [True, False])
-def test_mixed_needs_no_class_of_its_own(mixed: bool) -> None:
+def test_mixed_can_do_no_more(mixed: bool) -> None:
     subject = Subject()
     model = get_peft_model(subject.base, subject.config(), mixed=mixed)
     model.add_adapter("b", multigraft.IA3Config(target_modules=["head"], feedforward_modules=[]))
     model.base_model.set_adapter(["default", "b"])
-    assert type(model) is multigraft.PeftModel
+    assert type(model) is (multigraft.PeftMixedModel if mixed else multigraft.PeftModel)
     assert model(subject.ids).shape == (2, 4, 5)
 
 

@@ -45,6 +45,7 @@ from multigraft.prompts.prompt_tuning import PromptTuningConfig, PromptTuningIni
 from multigraft.state import get_peft_model_state_dict, set_peft_model_state_dict
 from multigraft.status import get_layer_status, get_model_status
 from multigraft.tasks import (
+    PeftMixedModel,
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
     PeftModelForQuestionAnswering,
@@ -85,6 +86,7 @@ __all__ = [
     "NestingError",
     "OFTConfig",
     "PeftConfig",
+    "PeftMixedModel",
     "PeftModel",
     "PeftModelForCausalLM",
     "PeftModelForFeatureExtraction",

@@ -42,7 +42,7 @@ def get_peft_model(
         model: the base model, which is adapted in place.
         peft_config: what to graft; it is copied, never changed.
         adapter_name: its name; letters, digits and most punctuation, no path separators.
-        mixed: kept for PEFT's signature; adapters of different methods need no special class here.
+        mixed: give a `PeftMixedModel`; adapters of different methods need no special class here.
         autocast_adapter_dtype: keep float32 adapters on a half-precision base.
         revision: the base model's revision on the hub, noted in the config.
         low_cpu_mem_usage: make the adapter's tensors on the meta device.
@@ -55,7 +55,8 @@ def get_peft_model(
     peft_config = own_copy(peft_config)
     if revision is not None:
         peft_config.revision = peft_config.revision or revision
-    return class_for(peft_config)(
+    klass = tasks.PeftMixedModel if mixed else class_for(peft_config)
+    return klass(
         model,
         peft_config,
         adapter_name=adapter_name,

@@ -181,6 +181,7 @@ def _warn_of_another_base(tuner: Tuner, config: PeftConfig) -> None:
 
 
 def check_options(options: Mapping[str, Any]) -> None:
+    """Fail for options that finding an adapter's files does not have."""
     unknown = sorted(set(options) - {*HUB_OPTIONS, "subfolder", "proxies", "use_safetensors"})
     if unknown:
         raise CheckpointError(

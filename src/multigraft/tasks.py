@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from multigraft.config import PeftConfig
 from multigraft.defaults import TASK_HEADS
 from multigraft.model import PeftModel
 
@@ -34,3 +35,15 @@ class PeftModelForQuestionAnswering(PeftModel):
 
 class PeftModelForFeatureExtraction(PeftModel):
     """An embedding model with adapters."""
+
+
+class PeftMixedModel(PeftModel):
+    """Adapters of different methods, active together; what ``mixed=True`` gives.
+
+    Every `PeftModel` holds adapters of any methods. This one is of PEFT's name, for scripts that
+    ask for it, and unlike PEFT's it saves, reports its status and serves mixed batches.
+    """
+
+    def _with_defaults(self, config: PeftConfig) -> PeftConfig:
+        self.default_saved_modules = TASK_HEADS.get(str(config.task_type), ())
+        return super()._with_defaults(config)

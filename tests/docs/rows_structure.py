@@ -222,6 +222,31 @@ def _(library, folder):
     return list(model.peft_config)
 
 
+@row("`PeftMixedModel.save_pretrained`", peft=Raises(NotImplementedError), ours=True)
+def _(library, folder):
+    model = library.get_peft_model(net(), config(library), mixed=True)
+    assert type(model).__name__ == "PeftMixedModel"
+    model.save_pretrained(folder)
+    return any(folder.iterdir())
+
+
+@row("OFT activated after LoRA on one layer", peft=False, ours=True)
+def _(library, folder):
+    outputs = []
+    for order in (["a", "b"], ["b", "a"]):
+        torch.manual_seed(0)
+        turn = library.OFTConfig(target_modules=["up"], oft_block_size=4, init_weights=False)
+        made = {"a": config(library, ["up"]), "b": turn}
+        model = library.get_peft_model(net(), made[order[0]], order[0], mixed=True)
+        model.add_adapter(order[1], made[order[1]])
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "oft_" in name:
+                nn.init.constant_(parameter, 0.1)
+        model.set_adapter(order)
+        outputs.append(model.eval()(X))
+    return near(*outputs)
+
+
 @row("`bias` in more than one adapter", peft=Raises(ValueError, "only 1"), ours=["a", "b"])
 def _(library, folder):
     return list(graft_two(library, bias="all").peft_config)
