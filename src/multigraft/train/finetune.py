@@ -19,7 +19,8 @@ from multigraft.train.encode import Encoded, encode, encode_one
 from multigraft.train.evaluate import Answer, answer, mean_loss, share_right
 from multigraft.train.lane import Lane
 from multigraft.train.load import attach, load_model, load_tokenizer, pad_token
-from multigraft.train.loop import OnStep, train
+from multigraft.train.log import RunLog
+from multigraft.train.loop import OnStep, Progress, train
 from multigraft.train.recipe import Recipe
 
 
@@ -148,6 +149,9 @@ class Prepared:
     cut: int
     is_saved: bool = False
 
+    def __post_init__(self) -> None:
+        self.log = RunLog(self.job.folder)
+
     def run(self, on_step: OnStep | None = None) -> Outcome:
         """Train, save, evaluate.
 
@@ -156,7 +160,7 @@ class Prepared:
             CheckpointError: the disk refuses the adapter.
         """
         before = self._measure()
-        losses = train(self.model, self.lane, on_step)
+        losses = self._train(on_step)
         self.save()
         after = self._measure()
         if before is None or after is None:
@@ -166,8 +170,13 @@ class Prepared:
 
     def save(self) -> None:
         """Write the adapter as it is now."""
-        self.model.save_pretrained(self.job.output, selected_adapters=[self.job.adapter])
+        try:
+            self.model.save_pretrained(self.job.output, selected_adapters=[self.job.adapter])
+        except Exception:
+            self.log.drop()
+            raise
         self.is_saved = True
+        self.log.keep()
 
     def rescue(self) -> str:
         """After an interrupt: save what was learned where nothing is replaced; says what is where.
@@ -180,8 +189,10 @@ class Prepared:
         if self.is_saved:
             return f"the adapter is saved in {folder}; only the evaluation is missing"
         if not lane.step:
+            self.log.drop()
             return "no step was made, and nothing was saved"
         if (folder / CONFIG_NAME).exists():
+            self.log.drop()
             return f"{folder} still holds the older adapter; the {made} that were made are lost"
         self.save()
         return f"the adapter as it was after {made} is saved in {folder}"
@@ -190,6 +201,18 @@ class Prepared:
     def base(self) -> nn.Module:
         """The base model."""
         return self.model.get_base_model()
+
+    def _train(self, on_step: OnStep | None) -> list[float]:
+        def after(now: Progress) -> None:
+            self.log(now)
+            if on_step is not None:
+                on_step(now)
+
+        try:
+            return train(self.model, self.lane, after)
+        except Exception:  # not Ctrl-C, after which the adapter may be rescued
+            self.log.drop()
+            raise
 
     def _measure(self) -> tuple[float, float] | None:
         if self.held_out is None:
