@@ -6,6 +6,7 @@ The names are PEFT's, so that ``from peft import ...`` becomes ``from multigraft
 from multigraft.auto import get_peft_model
 from multigraft.calibration.eva import get_eva_state_dict, initialize_lora_eva_weights
 from multigraft.config import PeftConfig, PeftType, TaskType
+from multigraft.diagnosis import doctor
 from multigraft.errors import (
     AdapterNameError,
     CheckpointError,
@@ -112,6 +113,7 @@ __all__ = [
     "VeraConfig",
     "__version__",
     "diff",
+    "doctor",
     "get_eva_state_dict",
     "get_layer_status",
     "get_model_status",

@@ -145,7 +145,8 @@ def save(root: Path, adapters: dict[Path, tuple[PeftConfig, dict[str, Tensor]]])
     for directory, (config, state) in adapters.items():
         for key, tensor in state.items():
             _require_values(key, tensor)
-        files[directory / WEIGHTS_NAME] = partial(_write_tensors, state)
+        named = {full_key(key): tensor for key, tensor in state.items()}
+        files[directory / WEIGHTS_NAME] = partial(write_tensors, named)
         files[directory / CONFIG_NAME] = partial(write_utf8, text=config.to_json())
     if not os.path.lexists(root / "README.md"):
         config, _ = next(reversed(adapters.values()))
@@ -256,7 +257,8 @@ def _require_values(key: str, tensor: Tensor) -> None:
         )
 
 
-def _write_tensors(state: Mapping[str, Tensor], path: Path) -> None:
+def write_tensors(state: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors under these very names, in place."""
     tensors: dict[str, Tensor] = {}
     memories: set[int] = set()
     for key, tensor in state.items():
@@ -267,7 +269,7 @@ def _write_tensors(state: Mapping[str, Tensor], path: Path) -> None:
         if memory in memories or not tensor.is_contiguous():
             tensor = tensor.clone(memory_format=torch.contiguous_format)
         memories.add(memory)
-        tensors[full_key(key)] = tensor
+        tensors[key] = tensor
     try:
         save_file(tensors, path, {"format": "pt"})
     except SafetensorError as error:  # in which it wraps what the disk says

@@ -77,7 +77,7 @@ def load_into(
     where = {k: v for k, v in options.items() if k in (*HUB_OPTIONS, "subfolder")}
     tensors = checkpoint.read(checkpoint.locate_weights(source, **where), allow_pickle=allow_pickle)
     tensors = checkpoint.rename(tensors, key_mapping)
-    _name_what_was_saved(config, tensors, tuner.model)
+    name_what_was_saved(config, tensors, tuner.model)
     _warn_of_another_base(tuner, config)
     exists = adapter in tuner.roster.configs
     if exists:
@@ -132,7 +132,7 @@ def _overwrite(
     roster.configs[adapter] = prepared.config
 
 
-def _name_what_was_saved(
+def name_what_was_saved(
     config: PeftConfig, tensors: Mapping[str, Tensor], model: nn.Module
 ) -> None:
     """Add to `modules_to_save`, by path, what PEFT saved for the end of its name alone.

@@ -11,6 +11,7 @@ import typer
 import multigraft
 from multigraft.cli.diff import diff
 from multigraft.cli.inspect import inspect
+from multigraft.cli.doctor import doctor
 from multigraft.cli.interrupted import EXIT_CODE, Interrupted
 from multigraft.cli.quickstart import quickstart
 from multigraft.cli.quiet import hush
@@ -74,3 +75,4 @@ app.command()(inspect)
 app.command()(verify)
 app.command()(targets)
 app.command()(diff)
+app.command()(doctor)

@@ -36,7 +36,7 @@ class Report:
             f"{len(found) or 'no'} {what}{'' if len(found) == 1 else 's'}"
             for found, what in ((self.violations, "violation"), (self.notes, "note"))
         ]
-        found = [*_lines(self.violations, ""), *_lines(self.notes, "note: ")]
+        found = [*lines(self.violations, ""), *lines(self.notes, "note: ")]
         return "\n".join([", ".join(counts), *found])
 
     __repr__ = __str__
@@ -56,7 +56,7 @@ def verify(model: nn.Module) -> Report:
     )
 
 
-def _lines(found: tuple[Violation, ...], prefix: str) -> Iterator[str]:
+def lines(found: tuple[Violation, ...], prefix: str) -> Iterator[str]:
     alike: dict[tuple[str, ...], list[str]] = {}
     for each in found:
         shape = _INDEX.sub(r"\1*", each.path)

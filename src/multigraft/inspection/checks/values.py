@@ -20,7 +20,7 @@ _PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embeddi
 def non_finite_values(subject: Subject) -> Iterator[Violation]:
     """NaN or infinity in any parameter, of the base or of an adapter, that is a plain tensor."""
     for path, parameter in subject.model.named_parameters():
-        if _has_values(parameter) and parameter.numel() and not _is_finite(parameter):
+        if _has_values(parameter) and parameter.numel() and not is_finite(parameter):
             yield Violation(
                 "non-finite values",
                 path,
@@ -170,7 +170,7 @@ def _has_values(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and not tensor.is_meta
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     """Without a copy of the tensor; narrow floats, which cannot be compared, are widened."""
     wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
     low, high = torch.aminmax(wide.detach())

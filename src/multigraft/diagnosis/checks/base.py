@@ -1,0 +1,120 @@
+"""The files against a base model that is built from its config alone, as loading would compare."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from multigraft.checkpoint import LoadReport, compare
+from multigraft.config import PeftConfig
+from multigraft.diagnosis.checks.contract import check
+from multigraft.diagnosis.findings import Finding
+from multigraft.diagnosis.names import HELD
+from multigraft.diagnosis.patient import Patient, as_meta
+from multigraft.errors import ConfigError, MultigraftError
+from multigraft.keys import strip_prefix
+from multigraft.loading import name_what_was_saved
+from multigraft.prepare import own_copy, prepare
+
+
+@check("base model")
+def base_model(patient: Patient) -> Iterator[Finding]:
+    """Sites, names and shapes that the config means on the base, against those of the file."""
+    base, config = patient.base, patient.config
+    if base is None or isinstance(config, ConfigError) or patient.is_foreign:
+        return
+    yield from _another_base(patient, base, config)
+    tensors = as_meta({strip_prefix(n): t for n, t in patient.standard.items()})
+    config = own_copy(config)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            name_what_was_saved(config, tensors, base)
+            expected = prepare(base, "doctor", config, lenient=True).expected()
+        except MultigraftError as error:
+            yield Finding(
+                "base model",
+                patient.where,
+                f"means nothing on {type(base).__name__}: {error}",
+                "Name the base that the adapter was trained on, or correct the config.",
+            )
+            return
+    for each in dict.fromkeys(str(warning.message) for warning in caught):
+        remedy = "See that it is meant."
+        yield Finding("base model", patient.where, each, remedy, is_note=True)
+    if patient.tensors is not None:
+        report, _ = compare(expected, {k: t for k, t in tensors.items() if not _is_copy(k)})
+        yield from _disagreements(report, base)
+        yield from _copies(tensors, base)
+
+
+def _another_base(patient: Patient, base: nn.Module, config: PeftConfig) -> Iterator[Finding]:
+    theirs, own = config.base_model_name_or_path, getattr(base, "name_or_path", None)
+    if theirs and own and Path(theirs).name != Path(str(own)).name:
+        yield Finding(
+            "base model",
+            f"{patient.where}: base_model_name_or_path",
+            f"names `{theirs[:200]}`, and the base is `{own}`: shapes may agree and outputs be "
+            "meaningless.",
+            "Nothing, if they are the same model.",
+            is_note=True,
+        )
+
+
+def _disagreements(report: LoadReport, base: nn.Module) -> Iterator[Finding]:
+    for key in report.missing_keys:
+        yield Finding(
+            "base model",
+            key,
+            "is meant by the config and missing from the file.",
+            "Copy or save the file again; or narrow the config's targets to what was trained.",
+        )
+    for key in report.unexpected_keys:
+        yield Finding(
+            "base model",
+            key,
+            f"is in the file, and no part of this adapter on {type(base).__name__}.",
+            "Widen the config's targets to it, if it was trained; or name the right base.",
+        )
+    for key, found, needed in report.mismatched_keys:
+        yield Finding(
+            "base model",
+            key,
+            f"has the shape {found}, and the base needs {needed}.",
+            _shape_remedy(base, found, needed),
+        )
+
+
+def _shape_remedy(base: nn.Module, found: tuple[int, ...], needed: tuple[int, ...]) -> str:
+    words = getattr(getattr(base, "config", None), "vocab_size", None)
+    pairs = list(zip(found, needed, strict=False))
+    differ = [(a, b) for a, b in pairs if a != b]
+    if len(found) == len(needed) and len(differ) == 1 and differ[0][1] == words:
+        return (
+            "The vocabulary was extended in training: call "
+            f"base.resize_token_embeddings({differ[0][0]}) before loading."
+        )
+    return "Name the base that the adapter was trained on, or correct the config's rank."
+
+
+def _is_copy(key: str) -> bool:
+    """Whether it is a copy of the base's own tensor, as PEFT saves with adapted embeddings."""
+    return any(f".{held}." in f".{key}" and "lora_" not in key for held in HELD)
+
+
+def _copies(tensors: dict[str, Tensor], base: nn.Module) -> Iterator[Finding]:
+    own = dict(base.named_parameters(remove_duplicate=False))
+    for key in filter(_is_copy, tensors):
+        original = own.get(".".join(part for part in key.split(".") if part not in HELD))
+        if original is None or original.shape != tensors[key].shape:
+            needed = "none there" if original is None else f"{tuple(original.shape)} there"
+            yield Finding(
+                "base model",
+                key,
+                f"is a copy of the base's own tensor, {tuple(tensors[key].shape)}; the base has "
+                f"{needed}.",
+                "Name the base that the adapter was trained on.",
+            )

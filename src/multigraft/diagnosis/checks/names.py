@@ -1,0 +1,83 @@
+"""Names of tensors: whose they are, and whether PEFT's files have them so."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from multigraft.diagnosis.checks.contract import check
+from multigraft.diagnosis.findings import Finding
+from multigraft.diagnosis.names import standard, tool_of
+from multigraft.diagnosis.nest import nested
+from multigraft.diagnosis.patient import Patient
+
+
+@check("another tool")
+def another_tool(patient: Patient) -> Iterator[Finding]:
+    """Files that another tool wrote, under names of its own."""
+    found = [(name, tool) for name in patient.tensors or () if (tool := tool_of(name))]
+    for tool in dict.fromkeys(tool for _, tool in found):
+        names = [name for name, its in found if its is tool]
+        yield Finding(
+            "another tool",
+            _file(patient),
+            f"{len(names):,} tensors are named as by {tool.name}, the first of them `{names[0]}`.",
+            tool.remedy,
+        )
+
+
+@check("nested adapters")
+def nested_adapters(patient: Patient) -> Iterator[Finding]:
+    """Tensors of a model in which adapters were put onto adapters."""
+    names = [name for name in patient.tensors or () if nested(name, patient.is_by_design)]
+    if names:
+        yield Finding(
+            "nested adapters",
+            _file(patient),
+            f"{len(names):,} tensors are of a model with adapters inside adapters, the first of "
+            f"them `{names[0]}`.",
+            "Run the doctor with --un-nest, which writes the same function as a plain adapter "
+            "where there is one.",
+            is_fixable=True,
+        )
+
+
+@check("names of tensors")
+def names_of_tensors(patient: Patient) -> Iterator[Finding]:
+    """Names that hold what belongs into memory: the adapter's name, prefixes, wrappers."""
+    if patient.is_foreign:
+        return
+    adapters = {found.adapter for found in patient.names.values() if found.adapter}
+    if len(adapters) > 1 or patient.others:
+        listed = ", ".join(f"`{name}`" for name in sorted(adapters | set(patient.others)))
+        yield Finding(
+            "names of tensors",
+            _file(patient),
+            f"holds tensors of several adapters: {listed}. A file holds one.",
+            "Keep those of one: --adapter NAME --fix.",
+            is_fixable=bool(patient.others),
+        )
+        return
+    wrong = {n: s for n in patient.tensors or () if (s := standard(n)) != n and not nested(n)}
+    clashes = [s for s, count in Counter(map(standard, patient.tensors or ())).items() if count > 1]
+    if clashes:
+        yield Finding(
+            "names of tensors",
+            clashes[0],
+            f"{len(clashes):,} names are meant by two tensors each.",
+            "Remove one of each pair.",
+        )
+    elif wrong:
+        first = next(iter(wrong))
+        yield Finding(
+            "names of tensors",
+            _file(patient),
+            f"{len(wrong):,} tensors have names of another layout, such as `{first}` for "
+            f"`{wrong[first]}`.",
+            "Rename them.",
+            is_fixable=True,
+        )
+
+
+def _file(patient: Patient) -> str:
+    return patient.weights_path.name if patient.weights_path else patient.source

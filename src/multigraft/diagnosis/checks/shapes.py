@@ -1,0 +1,178 @@
+"""The tensors against the config, without a base: pairs, ranks, targets, and what is no part."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from multigraft.config import pattern_value
+from multigraft.diagnosis.checks.contract import check
+from multigraft.diagnosis.findings import Finding
+from multigraft.diagnosis.names import parsed
+from multigraft.diagnosis.patient import Patient
+from multigraft.errors import close_to
+from multigraft.keys import full_key
+from multigraft.methods.lora import LoraConfig
+from multigraft.targeting import matches
+
+PAIRS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
+
+
+@check("pairs")
+def pairs(patient: Patient) -> Iterator[Finding]:
+    """A without B, B without A, and pairs that cannot be multiplied."""
+    for site, tensors in sites_of(patient).items():
+        for a, b in PAIRS.items():
+            A, B = tensors.get(a), tensors.get(b)
+            if (A is None) != (B is None):
+                there, lacks = (a, b) if B is None else (b, a)
+                yield Finding(
+                    "pairs",
+                    full_key(site),
+                    f"has `{there}` and no `{lacks}`.",
+                    "The file is incomplete: copy or save it again.",
+                )
+            elif A is not None and B is not None and _rank(A, 0) != _rank(B, 1):
+                yield Finding(
+                    "pairs",
+                    full_key(site),
+                    f"`{a}` {tuple(A.shape)} and `{b}` {tuple(B.shape)} are of no one rank.",
+                    "Tensors of two adapters were mixed: save it again.",
+                )
+
+
+@check("ranks")
+def ranks(patient: Patient) -> Iterator[Finding]:
+    """Tensors of another rank than the config means."""
+    config = patient.config
+    if not isinstance(config, LoraConfig) or config.target_parameters:
+        return
+    wrong: dict[str, tuple[int, int]] = {}
+    for site, tensors in sites_of(patient).items():
+        A = tensors.get("lora_A", tensors.get("lora_embedding_A"))
+        meant = pattern_value(config.rank_pattern, site, config.r)
+        if A is not None and _rank(A, 0) != meant:
+            wrong[site] = _rank(A, 0), meant
+    for (found, meant), count in Counter(wrong.values()).items():
+        first = next(site for site, pair in wrong.items() if pair == (found, meant))
+        yield Finding(
+            "ranks",
+            full_key(first),
+            f"has rank {found} and the config means {meant}, at {count:,} sites.",
+            f"If the tensors are right, set `r` (or `rank_pattern`) to {found}; `lora_alpha` "
+            "decides the scaling together with it, so see that it belongs to them.",
+        )
+
+
+@check("targets")
+def targets(patient: Patient) -> Iterator[Finding]:
+    """Sites that the config does not mean, and names of the config without tensors."""
+    config = patient.config
+    wanted = getattr(config, "target_modules", None)
+    if patient.tensors is None or patient.is_foreign or not wanted or wanted == "all-linear":
+        return
+    found = list(sites_of(patient))
+    stray = [site for site in found if not matches(wanted, site)] if _decides(config) else []
+    if stray:
+        yield Finding(
+            "targets",
+            full_key(stray[0]),
+            f"and {len(stray):,} sites in all have tensors, and `target_modules` does not mean "
+            "them.",
+            f"Add {', '.join(sorted({site.rpartition('.')[2] for site in stray})[:5])} to "
+            "`target_modules`, if they are this adapter's.",
+        )
+    names = [wanted] if isinstance(wanted, str) else wanted
+    for name in names:
+        if not any(matches(wanted if isinstance(wanted, str) else [name], s) for s in found):
+            near = close_to(name, {site.rpartition(".")[2] for site in found})
+            hint = f" Nearest: `{near[0]}`." if near else ""
+            yield Finding(
+                "targets",
+                f"{patient.where}: target_modules",
+                f"`{name[:80]}` is a target without a tensor.{hint}",
+                "Take it out, if the adapter was not trained there; else the file is incomplete.",
+            )
+
+
+@check("magnitudes and biases")
+def options(patient: Patient) -> Iterator[Finding]:
+    """DoRA's magnitudes and B's biases: all of them where the config has them, and none else."""
+    config = patient.config
+    if not isinstance(config, LoraConfig):
+        return
+    for option, key in (("use_dora", "lora_magnitude_vector"), ("lora_bias", "lora_B.bias")):
+        paired = {s: t for s, t in sites_of(patient).items() if "lora_A" in t}
+        with_it = [site for site, tensors in paired.items() if key in tensors]
+        if not paired or bool(getattr(config, option)) is (len(with_it) == len(paired)):
+            continue
+        if with_it or getattr(config, option):
+            yield Finding(
+                "magnitudes and biases",
+                f"{patient.where}: {option}",
+                f"is {getattr(config, option)}, and {len(with_it):,} of {len(paired):,} sites "
+                f"have `{key}`.",
+                f"Set `{option}` to {not getattr(config, option)}, if the tensors are right."
+                if len(with_it) in (0, len(paired))
+                else "The file is incomplete: copy or save it again.",
+            )
+
+
+@check("tensors of the base")
+def tensors_of_the_base(patient: Patient) -> Iterator[Finding]:
+    """Whole tensors of modules that the adapter does not train."""
+    names = strangers(patient)
+    if names:
+        yield Finding(
+            "tensors of the base",
+            names[0],
+            f"and {len(names):,} tensors in all belong to no adapter: the config saves no such "
+            "module.",
+            "Leave them out; or name their modules in `modules_to_save`, if they were trained.",
+            is_fixable=True,
+        )
+
+
+def strangers(patient: Patient) -> list[str]:
+    """Names in the file of whole tensors that the config does not save."""
+    config = patient.config
+    if not isinstance(config, LoraConfig) or patient.is_foreign or config.bias != "none":
+        return []
+    saved = config.modules_to_save or []
+    embeddings = {site for site, t in sites_of(patient).items() if "lora_embedding_A" in t}
+    names = []
+    for name, found in patient.names.items():
+        module, _, leaf = found.site.rpartition(".")
+        is_copy = leaf == "weight" and module.removesuffix(".base_layer") in embeddings
+        if not found.group and not is_copy and not _is_within(saved, module):
+            names.append(name)
+    return names
+
+
+def sites_of(patient: Patient) -> dict[str, dict[str, Tensor]]:
+    """By base path: the adapter's own tensors, by what stands behind the path."""
+    sites: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in patient.standard.items():
+        found = parsed(name)
+        if found.group and found.group != "modules_to_save" and not found.site.startswith("base_"):
+            leaf = ".".join(found.rest).removesuffix("weight")
+            key = f"{found.group}.{leaf}".rstrip(".")
+            sites.setdefault(found.site, {})[key] = tensor
+    return sites
+
+
+def _is_within(saved: list[str], module: str) -> bool:
+    parts = module.split(".")
+    return any(matches(saved, ".".join(parts[:n])) for n in range(1, len(parts) + 1))
+
+
+def _decides(config: object) -> bool:
+    """Whether `target_modules` alone says which sites there are."""
+    more = ("target_parameters", "trainable_token_indices", "feedforward_modules")
+    return not any(getattr(config, name, None) for name in more)
+
+
+def _rank(tensor: Tensor, axis: int) -> int:
+    return tensor.shape[axis] if tensor.dim() > axis else -1

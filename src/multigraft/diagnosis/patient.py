@@ -1,0 +1,190 @@
+"""An adapter's files as the checks see them: read with suspicion, the base never loaded."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from multigraft.checkpoint import locate, locate_weights
+from multigraft.config import PeftConfig
+from multigraft.diagnosis.findings import Finding
+from multigraft.diagnosis.names import Parsed, parsed, standard, tool_of
+from multigraft.errors import CheckpointError, ConfigError, MultigraftError
+from multigraft.inspection.files import folders_in
+from multigraft.reading import (
+    CONFIG_NAME,
+    PICKLE_ENDINGS,
+    WEIGHTS_NAME,
+    read_config,
+    read_tensors,
+)
+
+
+@dataclass(eq=False)
+class Patient:
+    """An adapter's config and tensors, as they stand in its files.
+
+    Args:
+        source: what the user named.
+        config_path, weights_path: the files, where there are such.
+        values: the config's, as they stand there; None when it cannot be read.
+        tensors: by their names in the file, mapped and not read; None when it cannot be read.
+        base: the base model without weights, when the user named one.
+        failures: what could not be read, and why.
+        others: adapters whose tensors stand in the file as well and were left out.
+    """
+
+    source: str
+    config_path: Path | None = None
+    weights_path: Path | None = None
+    values: dict[str, Any] | None = None
+    tensors: dict[str, Tensor] | None = None
+    base: nn.Module | None = None
+    failures: list[Finding] = field(default_factory=list)
+    others: tuple[str, ...] = ()
+
+    @cached_property
+    def config(self) -> PeftConfig | ConfigError:
+        """The config, or why its values make none."""
+        if self.values is None:
+            return ConfigError("there is none")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                return PeftConfig.from_dict(self.values)
+            except MultigraftError as error:
+                return ConfigError(str(error))
+
+    @property
+    def is_by_design(self) -> bool:
+        """Whether wrappers in base layers are one adapter's own; see `nest.nested`."""
+        return bool((self.values or {}).get("target_parameters"))
+
+    @cached_property
+    def is_foreign(self) -> bool:
+        """Whether another tool named the tensors."""
+        return any(tool_of(name) for name in self.tensors or ())
+
+    @cached_property
+    def names(self) -> dict[str, Parsed]:
+        """Every tensor's name, taken apart."""
+        return {name: parsed(name) for name in self.tensors or ()}
+
+    @cached_property
+    def standard(self) -> dict[str, Tensor]:
+        """The tensors by the names that PEFT's files have; of equal ones, the first."""
+        found: dict[str, Tensor] = {}
+        for name, tensor in (self.tensors or {}).items():
+            found.setdefault(standard(name), tensor)
+        return found
+
+    @property
+    def where(self) -> str:
+        """The name of the config's file, for findings."""
+        return self.config_path.name if self.config_path else CONFIG_NAME
+
+    @property
+    def folder(self) -> Path:
+        """Where the files lie."""
+        path = self.config_path or self.weights_path
+        return path.parent if path else Path(self.source)
+
+
+def admit(
+    source: str | os.PathLike[str],
+    base: nn.Module | None,
+    *,
+    adapter: str | None = None,
+    allow_pickle: bool = False,
+    **where: Any,
+) -> Patient:
+    """Read an adapter's files: a directory's, those around a single file, or from the hub.
+
+    Args:
+        base: the base model without weights.
+        adapter: whose tensors count, in a file that holds those of several.
+
+    Raises:
+        CheckpointError: there is nothing there that could be an adapter.
+    """
+    patient = Patient(os.fspath(source), base=base)
+    path = Path(source).expanduser()
+    if path.is_file():
+        patient.weights_path = path
+        beside = path.parent / CONFIG_NAME
+        patient.config_path = beside if beside.is_file() else None
+    else:
+        _find(patient, path, where)
+    _read(patient, allow_pickle)
+    if adapter is not None and patient.tensors is not None:
+        _keep(patient, adapter)
+    return patient
+
+
+def _keep(patient: Patient, adapter: str) -> None:
+    """Leave out the tensors of other adapters."""
+    assert patient.tensors is not None
+    own = {name: parsed(name).adapter for name in patient.tensors}
+    patient.others = tuple(sorted({each for each in own.values() if each not in ("", adapter)}))
+    patient.tensors = {n: t for n, t in patient.tensors.items() if own[n] in ("", adapter)}
+
+
+def _find(patient: Patient, path: Path, where: Mapping[str, Any]) -> None:
+    inside = folders_in(path) if path.is_dir() and not where.get("subfolder") else []
+    path = inside[0] if len(inside) == 1 else path
+    missing = []
+    for name, find in (("config_path", locate), ("weights_path", locate_weights)):
+        arguments = (CONFIG_NAME,) if find is locate else ()
+        try:
+            setattr(patient, name, find(path, *arguments, **where))
+        except CheckpointError as error:
+            missing.append((CONFIG_NAME if find is locate else WEIGHTS_NAME, error))
+    if len(missing) == 2:
+        raise missing[0][1]
+    for name, reason in missing:
+        remedy = "Copy the file into the folder, or save the adapter again."
+        patient.failures.append(Finding("missing file", name, str(reason), remedy))
+
+
+def _read(patient: Patient, allow_pickle: bool) -> None:
+    if patient.config_path is not None:
+        try:
+            patient.values = read_config(patient.config_path)
+        except (ConfigError, CheckpointError) as error:
+            patient.failures.append(_unreadable(patient.config_path, error))
+    path = patient.weights_path
+    if path is None:
+        return
+    try:
+        patient.tensors = read_tensors(path, allow_pickle=allow_pickle)
+    except CheckpointError as error:
+        patient.failures.append(_unreadable(path, error))
+
+
+def _unreadable(path: Path, error: Exception) -> Finding:
+    if path.suffix in PICKLE_ENDINGS and "can run code" in str(error):
+        return Finding(
+            "pickle",
+            path.name,
+            "is a pickle, which can run code when it is read; it was not read.",
+            "If you trust where it comes from, run the doctor with --allow-pickle --fix, which "
+            f"writes {WEIGHTS_NAME} beside it.",
+        )
+    text = str(error).removeprefix(str(path)).lstrip(": ")
+    problem, _, remedy = text.rpartition(". ")
+    if not problem:
+        problem, remedy = text, "Copy or download it again."
+    return Finding("unreadable file", path.name, f"{problem.rstrip('.')}.", remedy)
+
+
+def as_meta(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same shapes and dtypes without values."""
+    return {key: torch.empty(t.shape, dtype=t.dtype, device="meta") for key, t in tensors.items()}

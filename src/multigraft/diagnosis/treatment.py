@@ -1,0 +1,184 @@
+"""What the doctor can put right: new tensors and a new config, and what was done, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from multigraft.config import PeftConfig
+from multigraft.diagnosis.checks.config import as_numbers, method_of
+from multigraft.diagnosis.checks.shapes import strangers
+from multigraft.diagnosis.names import LORA, parsed, standard
+from multigraft.diagnosis.nest import Plain, bare, nested, scale_of, un_nested
+from multigraft.diagnosis.patient import Patient
+from multigraft.errors import ConfigError, UnsupportedError
+from multigraft.keys import full_key
+from multigraft.methods.lora import LoraConfig
+from multigraft.reading import CONFIG_NAME, PICKLE_ENDINGS, read_config
+
+
+@dataclass
+class Treatment:
+    """An adapter's files as they will be.
+
+    Args:
+        values: of the config.
+        tensors: by their names in the file.
+        done: what was changed, in order.
+    """
+
+    values: dict[str, Any] | None
+    tensors: dict[str, Tensor] | None
+    done: list[str] = field(default_factory=list)
+
+
+def fixed(patient: Patient, treatment: Treatment) -> None:
+    """Change what is safe: names, numbers in quotes, the method's name, what is no adapter's."""
+    values, tensors = treatment.values, treatment.tensors
+    if values is not None and values.get("peft_type") is None and (kind := method_of(patient)):
+        values["peft_type"] = kind
+        treatment.done.append(f'{CONFIG_NAME}: added "peft_type": "{kind}"')
+    if values is not None and isinstance(patient.config, ConfigError) and values.get("peft_type"):
+        numbers = as_numbers(values)
+        values |= numbers
+        treatment.done += [f"{CONFIG_NAME}: `{k}` is the number {v}" for k, v in numbers.items()]
+    if tensors is None or patient.is_foreign:
+        return
+    if patient.others:
+        treatment.done.append(f"left out the tensors of {_listed(patient.others)}")
+    path = patient.weights_path
+    if path is not None and path.suffix in PICKLE_ENDINGS:
+        treatment.done.append(f"{path.name}: written as safetensors")
+    extra = [name for name in strangers(patient) if name in tensors]
+    if extra:
+        treatment.done.append(f"left out {len(extra):,} tensors of the base, `{extra[0]}` first")
+        tensors = {name: t for name, t in tensors.items() if name not in extra}
+    names = {name: name if nested(name) else standard(name) for name in tensors}
+    if len(set(names.values())) == len(names):
+        count = sum(old != new for old, new in names.items())
+        if count:
+            first = next(old for old, new in names.items() if old != new)
+            treatment.done.append(f"renamed {count:,} tensors, `{first}` to `{names[first]}` first")
+        tensors = {names[name]: tensor for name, tensor in tensors.items()}
+    treatment.tensors = tensors
+
+
+def made_plain(patient: Patient, treatment: Treatment, within: Sequence[Path], drop: bool) -> None:
+    """Un-nest, and say what the result is equal to.
+
+    Args:
+        within: folders of the adapters inside, whose configs give their scales.
+        drop: leave out what is inside, rather than fold it in.
+
+    Raises:
+        UnsupportedError: no plain adapter is the same function.
+    """
+    tensors, config = treatment.tensors or {}, patient.config
+    by_design = patient.is_by_design
+    sites = {bare(parsed(name).site) for name in tensors if nested(name, by_design)}
+    if not sites:
+        return
+    if not isinstance(config, LoraConfig):
+        why = config if isinstance(config, ConfigError) else f"its method is {config.peft_type}"
+        raise UnsupportedError(
+            f"{patient.where}: a nest is mended for LoRA alone, and {why}. Mend the config first."
+        )
+    taken = {n: t for n, t in tensors.items() if _is_of(n, sites)}
+    inner = _Configs(patient, config, within)
+    plain = un_nested(taken, config, inner.scale, drop=drop)
+    treatment.tensors = {n: t for n, t in tensors.items() if n not in taken}
+    treatment.tensors |= {full_key(key): tensor for key, tensor in plain.tensors.items()}
+    if plain.patterns and treatment.values is not None:
+        _set_patterns(treatment.values, plain)
+    treatment.done += _account(plain, config, inner, len(sites), drop)
+
+
+def _is_of(name: str, sites: set[str]) -> bool:
+    found = parsed(name)
+    return found.group in (*LORA, "modules_to_save") and bare(found.site) in sites
+
+
+class _Configs:
+    """Configs of the adapters inside, found by their names."""
+
+    def __init__(self, patient: Patient, own: LoraConfig, within: Sequence[Path]) -> None:
+        self.own, self.within, self.folder = own, within, patient.folder
+        self.found: dict[str, LoraConfig] = {}
+
+    def scale(self, name: str, path: str, rank: int) -> float:
+        """See `nest.Scale`."""
+        if name not in self.found:
+            self.found[name] = self._find(name)
+        return scale_of(self.found[name], name, path, rank)
+
+    def _find(self, name: str) -> LoraConfig:
+        if not name and not self.within:
+            return self.own  # the name was that of the file's own adapter, and both were taken off
+        near = [self.folder / name, self.folder.parent / name, self.folder.parent]
+        named = [folder for folder in self.within if folder.name == name]
+        folders = named or ([*self.within] if len(self.within) == 1 else near if name else [])
+        path = next((f / CONFIG_NAME for f in folders if (f / CONFIG_NAME).is_file()), None)
+        if path is None:
+            raise UnsupportedError(
+                f"the scale of `{name}`, which is nested, stands in its own config, and that is "
+                f"not at hand. Name its folder: --nested DIR."
+            )
+        config = PeftConfig.from_dict(read_config(path))
+        if not isinstance(config, LoraConfig) or config.use_dora:
+            raise UnsupportedError(
+                f"{path}: `{name}`, which is nested, is no plain LoRA, so it cannot be folded in."
+            )
+        return config
+
+
+def _set_patterns(values: dict[str, Any], plain: Plain) -> None:
+    import re
+
+    for site, (rank, alpha) in plain.patterns.items():
+        pattern = re.escape(site)
+        values["rank_pattern"] = {pattern: rank, **(values.get("rank_pattern") or {})}
+        values["alpha_pattern"] = {pattern: alpha, **(values.get("alpha_pattern") or {})}
+
+
+def _account(
+    plain: Plain, config: LoraConfig, inner: _Configs, sites: int, drop: bool
+) -> list[str]:
+    """What was done, and what it is equal to."""
+    done = []
+    if plain.folded:
+        names = _listed(plain.folded)
+        done.append(
+            f"un-nested {sites:,} sites: what {names} adds inside the adapter is in its own "
+            f"matrices now. Outputs are those of the nest with the adapter and {names} active "
+            "together; with the adapter active alone, what is inside added nothing (for that, run "
+            "the doctor on the old files with --drop-nested)"
+        )
+    elif drop and not plain.is_empty:
+        done.append(
+            f"un-nested {sites:,} sites: what was inside the adapter is left out. Outputs are "
+            "those of the nest with the adapter active alone"
+        )
+    elif plain.is_empty:
+        done.append(
+            f"un-nested {sites:,} sites: the file holds nothing of what was inside the adapter. "
+            "Outputs are those of the nest with the adapter active alone"
+        )
+    if plain.patterns:
+        done.append(
+            f"stacked the pairs of {len(plain.patterns):,} sites that had several, with the sum of "
+            "their ranks (`rank_pattern`, `alpha_pattern`)"
+        )
+    if config.lora_dropout or any(each.lora_dropout for each in inner.found.values()):
+        done.append(
+            "dropout: outputs are equal in evaluation; in training, the nest dropped elements "
+            "inside as well, and the plain adapter does not"
+        )
+    return done
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" if name else "an adapter without a name" for name in names)
