@@ -4,7 +4,10 @@ The names are PEFT's, so that ``from peft import ...`` becomes ``from multigraft
 """
 
 from multigraft.auto import get_peft_model
+from multigraft.calibration.corda import preprocess_corda
 from multigraft.calibration.eva import get_eva_state_dict, initialize_lora_eva_weights
+from multigraft.calibration.loraga import preprocess_loraga
+from multigraft.combine.convert import convert_to_lora, save_as_lora
 from multigraft.config import PeftConfig, PeftType, TaskType
 from multigraft.diagnosis import doctor
 from multigraft.errors import (
@@ -23,7 +26,9 @@ from multigraft.errors import (
     TrainingError,
     UnsupportedError,
 )
+from multigraft.initialisations.corda import CordaConfig
 from multigraft.initialisations.eva import EvaConfig
+from multigraft.initialisations.lora_ga import LoraGAConfig
 from multigraft.inspection import diff, inspect, targets, verify
 from multigraft.kbit import prepare_model_for_kbit_training
 from multigraft.layer import AdaptedLayer
@@ -70,6 +75,7 @@ __all__ = [
     "BdLoraConfig",
     "CheckpointError",
     "ConfigError",
+    "CordaConfig",
     "DataError",
     "EvaConfig",
     "HiraConfig",
@@ -79,6 +85,7 @@ __all__ = [
     "LoHaConfig",
     "LoKrConfig",
     "LoraConfig",
+    "LoraGAConfig",
     "MergeError",
     "MissingExtraError",
     "MontecloraConfig",
@@ -123,6 +130,9 @@ __all__ = [
     "inject_adapter_in_model",
     "inspect",
     "prepare_model_for_kbit_training",
+    "preprocess_corda",
+    "preprocess_loraga",
+    "save_as_lora",
     "set_peft_model_state_dict",
     "targets",
     "verify",

@@ -185,8 +185,7 @@ class _Study:
         first: dict[Any, str] = {}
         for place in self.places:
             source = first.setdefault(seen[place.name], place.name)
-            widest = place.site.geometry.sizes(place.site.layer)[0]  # type: ignore[union-attr]
-            most = min(round(place.rank * self.config.eva_config.rho), widest)
+            most = min(round(place.rank * self.config.eva_config.rho), place.sizes[0])
             self.layers[place.name] = Layer(place, source, most)
         for layer in self.layers.values():
             group = [x.most for x in self.layers.values() if x.source == layer.source]

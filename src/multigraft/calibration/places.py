@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from multigraft.errors import TargetError
 from multigraft.graft import Graft
@@ -37,6 +37,21 @@ class Place:
     module: nn.Module
     site: Site
     rank: int
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """``(in, out)`` of the layer."""
+        assert self.site.geometry is not None
+        return self.site.geometry.sizes(self.site.layer)
+
+    def weight(self) -> Tensor:
+        """The layer's own weight, ``(out, in)``."""
+        return self.as_matrix(self.site.weight().detach())
+
+    def as_matrix(self, W: Tensor) -> Tensor:
+        """A tensor in the weight's layout as ``(out, in)``."""
+        assert self.site.geometry is not None
+        return self.site.geometry.as_matrix(self.site.layer, W)
 
 
 def places_of(model: nn.Module, config: LoraConfig, adapter: str | None = None) -> list[Place]:

@@ -107,8 +107,7 @@ def _check(places: Mapping[str, Place], directions: Mapping[str, Tensor]) -> Non
             raise TargetError(
                 f"EVA: `{path}` is no linear layer of the adapter.{did_you_mean(path, places)}"
             )
-        site = places[path].site
-        in_ = site.geometry.sizes(site.layer)[0]  # type: ignore[union-attr]
+        in_, _ = places[path].sizes
         if V.dim() != 2 or V.shape[1] != in_:
             raise TargetError(
                 f"EVA: directions {tuple(V.shape)} of `{path}` must be (rank, {in_}), as "

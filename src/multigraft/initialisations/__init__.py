@@ -1,6 +1,6 @@
 """Initialisations of LoRA: one file each. The import list is explicit and sorted."""
 
-from multigraft.initialisations import eva, mica, olora, orthogonal, pissa, plain
+from multigraft.initialisations import corda, eva, lora_ga, mica, olora, orthogonal, pissa, plain
 from multigraft.initialisations.contract import (
     INITIALISATIONS,
     MATRICES,
@@ -21,9 +21,11 @@ __all__ = [
     "START_B",
     "STARTS",
     "Initialisation",
+    "corda",
     "eva",
     "initialisation",
     "initialisation_for",
+    "lora_ga",
     "mica",
     "moved",
     "olora",
