@@ -17,12 +17,18 @@ LAYER: Any = types.SimpleNamespace(path="layers.0.up")
 
 
 def rows(route: Route, x: Tensor) -> dict[str, list[int]]:
-    return {name: indices.tolist() for name, indices in route.groups(x, LAYER)}
+    return {"+".join(names): indices.tolist() for names, indices in route.groups(x, LAYER)}
 
 
 def test_each_adapter_gets_its_rows_and_the_base_gets_none() -> None:
     route = Route(["b", BASE, "a", "b"])
     assert rows(route, torch.zeros(4, 7, 2)) == {"b": [0, 3], "a": [2]}
+
+
+def test_rows_may_name_several_adapters_each_counted_once() -> None:
+    route = Route([["b", "a"], "a", BASE, ("b", "a", "b"), ["a"]])
+    assert rows(route, torch.zeros(5, 7, 2)) == {"b+a": [0, 3], "a": [1, 4]}
+    assert route.adapters == ("b", "a")
 
 
 def test_a_batch_of_the_base_alone_has_no_groups_whatever_the_input() -> None:

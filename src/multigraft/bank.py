@@ -93,6 +93,18 @@ def pair(graft: Graft, training: bool, dropout: bool = False) -> Pair | None:
     return method.low_rank(graft.params)
 
 
+def joined(grafts: Sequence[Graft], training: bool) -> Pair | None:
+    """One pair that adds what all of these add, where each is a `pair`."""
+    pairs = [pair(graft, training) for graft in grafts]
+    whole = [found for found in pairs if found is not None]
+    if not whole or len(whole) < len(pairs):
+        return None
+    if len(whole) == 1:
+        return whole[0]
+    As, Bs, scale = zip(*whole, strict=True)
+    return torch.cat(As), torch.cat([B * s for B, s in zip(Bs, scale, strict=True)], dim=1), 1.0
+
+
 @lru_cache(maxsize=256)
 def scales(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """These numbers as a tensor, made once: each copy to a device would wait for it."""

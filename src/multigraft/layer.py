@@ -201,9 +201,13 @@ class AdaptedLayer(LayerFacade, nn.Module):
             )
         return self.roster.spans.where(graft.adapter, x, self.path)
 
-    def plan_of(self, adapter: str) -> Plan:
-        """The plan in which this adapter acts alone."""
-        return Plan.of(self.grafts[adapter], self.is_read)
+    def plan_of(self, adapters: Sequence[str]) -> Plan:
+        """The plan in which these adapters act, and no others."""
+        return Plan.of(self.grafts_of(adapters), self.is_read)
+
+    def grafts_of(self, adapters: Iterable[str]) -> list[Graft]:
+        """What these adapters have here."""
+        return [graft for name in adapters for graft in self.grafts.get(name, ())]
 
     def _rebound(self, plan: Plan, layer: nn.Module) -> dict[str, Tensor]:
         """The layer's tensors with the changes that these grafts make, relative to the base's own.
@@ -236,8 +240,7 @@ class AdaptedLayer(LayerFacade, nn.Module):
         route = self.roster.route
         if route is None:
             return self.plan.shown
-        routed = [g for name in dict.fromkeys(route.names) for g in self.grafts.get(name, ())]
-        return Plan.of(routed, self.is_read).shown
+        return self.plan_of(route.adapters).shown
 
     def replan(self) -> None:
         """Decide what forwards do from now on; called whenever the roster or a merge changes."""
@@ -286,7 +289,7 @@ class AdaptedLayer(LayerFacade, nn.Module):
     def add(self, graft: Graft, tensors: dict[str, Tensor]) -> None:
         """Register one adapter's tensors here; the caller has checked that the name is free."""
         self.roster.forget_stacks()
-        graft.site.kept = self.kept
+        graft.site.kept, graft.site.peers = self.kept, self.grafts
         self.grafts.setdefault(graft.adapter, []).append(graft)
         for name, tensor in tensors.items():
             group, _, leaf = name.partition(".")

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from multigraft.bank import Bank, Frozen, pair
+from multigraft.bank import Bank, Frozen, joined
 from multigraft.errors import RoutingError
 
 if TYPE_CHECKING:
     from multigraft.layer import AdaptedLayer
+    from multigraft.routing import Company as Row
     from multigraft.routing import Route
 
 
@@ -24,12 +25,12 @@ class Company(NamedTuple):
     """The adapters of a route that act at one layer.
 
     Args:
-        together: names of those in the bank.
-        alone: names of the others.
+        together: those in the bank; adapters that share their rows are one.
+        alone: the others.
     """
 
-    together: tuple[str, ...]
-    alone: tuple[str, ...]
+    together: tuple[Row, ...]
+    alone: tuple[Row, ...]
     bank: Bank | None
     dtype: torch.dtype
     training: bool
@@ -60,7 +61,7 @@ def run_rows(layer: AdaptedLayer, route: Route, x: Tensor, args: Any, kwargs: An
     return y
 
 
-def _company(layer: AdaptedLayer, route: Route, x: Tensor, adapters: Sequence[str]) -> Company:
+def _company(layer: AdaptedLayer, route: Route, x: Tensor, adapters: Sequence[Row]) -> Company:
     known: Company | None = route.companies.get(id(layer))
     if (
         known is not None
@@ -71,8 +72,8 @@ def _company(layer: AdaptedLayer, route: Route, x: Tensor, adapters: Sequence[st
         return known
     pairs, alone = {}, []
     for adapter in adapters:
-        grafts = layer.grafts.get(adapter, ())
-        found = pair(grafts[0], layer.training) if len(grafts) == 1 else None
+        grafts = layer.grafts_of(adapter)
+        found = joined(grafts, layer.training)
         if found is not None:
             pairs[adapter] = found
         elif grafts:
@@ -97,7 +98,7 @@ def _frozen(layer: AdaptedLayer, x: Tensor) -> Frozen | None:
 
 def _alone(
     layer: AdaptedLayer,
-    adapter: str,
+    adapter: Row,
     rows: Tensor,
     x: Tensor,
     y: Tensor,
@@ -111,9 +112,9 @@ def _alone(
     if not plan.is_additive:
         if any(isinstance(more, Tensor) for more in (*args, *kwargs.values())):
             raise RoutingError(
-                f"{layer.path} takes several tensors, and adapter `{adapter}` changes more than "
-                "its output: which of their rows belong together is not known. Run the rows of "
-                "each adapter in a batch of their own."
+                f"{layer.path} takes several tensors, and adapter {_called(adapter)} changes more "
+                "than its output: which of their rows belong together is not known. Run the rows "
+                "of each adapter in a batch of their own."
             )
         return y.index_copy(0, rows, layer.run(plan, part, args, kwargs).to(y.dtype))
     own = y.new_zeros((len(rows), *y.shape[1:]))
@@ -122,3 +123,7 @@ def _alone(
         where = where if where is None else where.index_select(0, rows)
         own = graft.add(own, part, layer.training, base.index_select(0, rows), where)
     return y.index_add(0, rows, own)
+
+
+def _called(row: Row) -> str:
+    return " with ".join(f"`{name}`" for name in row)

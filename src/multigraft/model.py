@@ -24,7 +24,7 @@ from multigraft.loading import load_into
 from multigraft.prepare import own_copy
 from multigraft.prompts.facade import PromptFacade
 from multigraft.roster import Roster
-from multigraft.routing import Route, check_names, check_present
+from multigraft.routing import Entry, Route, check_names, check_present
 from multigraft.saving import files_of
 from multigraft.schedule import penalised
 from multigraft.spans import spans_of_forward, spans_of_generate
@@ -120,11 +120,14 @@ class PeftModel(PromptFacade, nn.Module):
 
     # -- forward ------------------------------------------------------------------------------
 
-    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self, *args: Any, adapter_names: Sequence[Entry] | None = None, **kwargs: Any
+    ) -> Any:
         """The base model's forward with the active adapters, or row by row with those named.
 
         Args:
-            adapter_names: one name per row of the batch; ``"__base__"`` for rows without one.
+            adapter_names: for each row of the batch a name, a list of names that act together, or
+                ``"__base__"``.
 
         Raises:
             RoutingError: a name is unknown or merged, or the count is wrong.
@@ -134,7 +137,7 @@ class PeftModel(PromptFacade, nn.Module):
             return penalised(self.roster, self.get_base_model()(*args, **kwargs))
 
     def generate(
-        self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+        self, *args: Any, adapter_names: Sequence[Entry] | None = None, **kwargs: Any
     ) -> Any:
         """The base model's ``generate``, with the same choice of adapters as `forward`."""
         config = kwargs.get("generation_config") or getattr(self, "generation_config", None)
@@ -147,7 +150,7 @@ class PeftModel(PromptFacade, nn.Module):
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 
     @contextmanager
-    def mixed_batch(self, adapter_names: Sequence[str]) -> Iterator[None]:
+    def mixed_batch(self, adapter_names: Sequence[Entry]) -> Iterator[None]:
         """Every call in the block is row by row with these adapters; what they share is made once.
 
         For loops of one's own over `forward`, whose names and errors it has. Written by hand inside
@@ -158,11 +161,11 @@ class PeftModel(PromptFacade, nn.Module):
             yield
 
     def _route(
-        self, names: Sequence[str] | None, args: Any, kwargs: Mapping[str, Any], repeats: int = 1
+        self, names: Sequence[Entry] | None, args: Any, kwargs: Mapping[str, Any], repeats: int = 1
     ) -> AbstractContextManager[None]:
         if names is None:
             if self.roster.route is not None:  # in a `mixed_batch` block, where much can happen
-                check_present(self.roster.route.names, self.roster)
+                check_present(self.roster.route.adapters, self.roster)
             return nullcontext()
         first = next(
             (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None

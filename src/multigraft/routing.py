@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 BASE = "__base__"
 """Stands for rows that no adapter acts on."""
 
+Entry = str | Sequence[str]
+"""What `adapter_names` holds for a row: a name, or the names of adapters that act together."""
+Company = tuple[str, ...]
+"""The adapters of a row; empty for `BASE`."""
+
 
 class Grouping(NamedTuple):
     """Rows by adapter, as tensors.
@@ -41,28 +46,29 @@ class Route:
     """Adapter names by row, resolved to row indices per adapter.
 
     Args:
-        names: one per row of the batch; `BASE` for rows without an adapter.
+        names: one entry per row of the batch; `BASE` for rows without an adapter.
         repeats: how often each row is repeated in succession (beams, returned sequences). Not every
             layer sees the repeated rows: an encoder runs before they are.
         tokens: sizes that a flattened ``(batch * tokens, ...)`` input may have, per row.
     """
 
-    def __init__(self, names: Sequence[str], repeats: int = 1, tokens: int | None = None) -> None:
-        self.names = list(names)
+    def __init__(self, names: Sequence[Entry], repeats: int = 1, tokens: int | None = None) -> None:
+        self.rows = [company_of(entry) for entry in names]
+        self.adapters = adapters_in(names)
         self.repeats = repeats
         self._sizes = {size for size in (1, repeats, tokens, repeats * (tokens or 1)) if size}
         """How many rows of a layer's input may stand for one row of the batch, in succession."""
-        self._rows: dict[str, list[int]] = {}
-        for row, name in enumerate(self.names):
-            if name != BASE:
-                self._rows.setdefault(name, []).append(row)
-        self._indices: dict[tuple[torch.device, int], list[tuple[str, Tensor]]] = {}
+        self._rows: dict[Company, list[int]] = {}
+        for row, company in enumerate(self.rows):
+            if company:
+                self._rows.setdefault(company, []).append(row)
+        self._indices: dict[tuple[torch.device, int], list[tuple[Company, Tensor]]] = {}
         self.companies: dict[int, Any] = {}
         """What layers keep for the length of the route: see `multigraft.mixed`."""
-        self._groupings: dict[tuple[torch.device, int, tuple[str, ...]], Grouping] = {}
+        self._groupings: dict[tuple[torch.device, int, tuple[Company, ...]], Grouping] = {}
 
-    def groups(self, x: Tensor, layer: AdaptedLayer) -> list[tuple[str, Tensor]]:
-        """Pairs of adapter and row indices into ``x``'s first axis.
+    def groups(self, x: Tensor, layer: AdaptedLayer) -> list[tuple[Company, Tensor]]:
+        """Pairs of a row's adapters and the indices of such rows into ``x``'s first axis.
 
         Args:
             x: a layer's input after `spread`.
@@ -72,7 +78,7 @@ class Route:
         """
         if not self._rows:
             return []
-        per_row, rest = divmod(x.shape[0], len(self.names))
+        per_row, rest = divmod(x.shape[0], len(self.rows))
         if rest or per_row not in self._sizes:
             self._refuse(x, layer)
         key = (x.device, per_row)
@@ -86,7 +92,7 @@ class Route:
             self._indices[key] = found
         return found
 
-    def grouping(self, x: Tensor, adapters: tuple[str, ...]) -> Grouping:
+    def grouping(self, x: Tensor, adapters: tuple[Company, ...]) -> Grouping:
         """The rows of these adapters, as the routed operators take them.
 
         Args:
@@ -97,8 +103,8 @@ class Route:
             self._groupings[key] = self._grouped(x, adapters)
         return self._groupings[key]
 
-    def _grouped(self, x: Tensor, adapters: tuple[str, ...]) -> Grouping:
-        per_row = x.shape[0] // len(self.names)
+    def _grouped(self, x: Tensor, adapters: tuple[Company, ...]) -> Grouping:
+        per_row = x.shape[0] // len(self.rows)
         rows = [
             [row * per_row + k for row in self._rows[name] for k in range(per_row)]
             for name in adapters
@@ -120,35 +126,60 @@ class Route:
 
     def spread(self, x: Tensor) -> Tensor:
         """An input that all rows share (positions, say) as one row per row of the batch."""
-        if x.shape[0] != 1 or len(self.names) == 1:
+        if x.shape[0] != 1 or len(self.rows) == 1:
             return x
-        return x.expand(len(self.names) * self.repeats, *x.shape[1:])
+        return x.expand(len(self.rows) * self.repeats, *x.shape[1:])
 
     def _refuse(self, x: Tensor, layer: AdaptedLayer) -> NoReturn:
         raise RoutingError(
             f"{layer.path}: the input's first axis (={x.shape[0]}) is not the batch's "
-            f"(={len(self.names)} rows), so rows cannot be told apart here. Run the rows of each "
+            f"(={len(self.rows)} rows), so rows cannot be told apart here. Run the rows of each "
             "adapter in a batch of their own, or leave this layer out with `exclude_modules`."
         )
 
 
-def check_names(names: Sequence[str], rows: int | None, roster: Roster) -> None:
+def company_of(entry: Entry) -> Company:
+    """The adapters of a row, each once."""
+    if isinstance(entry, str):
+        return () if entry == BASE else (entry,)
+    return tuple(dict.fromkeys(entry))
+
+
+def adapters_in(names: Iterable[Entry]) -> Company:
+    """Every adapter that these entries name, each once."""
+    return tuple(dict.fromkeys(name for entry in names for name in company_of(entry)))
+
+
+def check_names(names: Sequence[Entry], rows: int | None, roster: Roster) -> None:
     """Fail unless the roster can serve these rows now.
 
     Raises:
         RoutingError: wrong count, unknown adapter, or adapters merged or switched off.
+        StateError: adapters of one row cannot act together.
     """
     is_list = isinstance(names, Iterable) and not isinstance(names, str)
-    if not (is_list and all(isinstance(n, str) for n in names)):
-        raise RoutingError(f"`adapter_names` (={names!r}) must be a list with one name per row.")
+    if not (is_list and all(_is_entry(entry) for entry in names)):
+        raise RoutingError(
+            f"`adapter_names` (={names!r}) must be a list with one name per row, or for a row a "
+            f'list of names that act together; "{BASE}" stands alone.'
+        )
     if rows is not None and len(names) != rows:
         raise RoutingError(
             f"`adapter_names` has {len(names)} names for a batch of {rows} rows. Give one per row, "
             f'"{BASE}" for rows without an adapter.'
         )
-    check_present(names, roster)
-    for name in sorted(set(names) - {BASE}):
+    adapters = adapters_in(names)
+    check_present(adapters, roster)
+    for name in sorted(adapters):
         roster.check_batchable(name)
+    for company in {company_of(entry) for entry in names if not isinstance(entry, str)}:
+        roster.check_together(company)
+
+
+def _is_entry(entry: object) -> bool:
+    if isinstance(entry, (list, tuple)):
+        return bool(entry) and all(isinstance(n, str) and n != BASE for n in entry)
+    return isinstance(entry, str)
 
 
 def check_present(names: Sequence[str], roster: Roster) -> None:
@@ -157,7 +188,7 @@ def check_present(names: Sequence[str], roster: Roster) -> None:
     Raises:
         RoutingError: unknown adapter, or adapters merged or switched off.
     """
-    unknown = sorted(set(names) - set(roster.configs) - {BASE})
+    unknown = sorted(set(names) - set(roster.configs))
     if unknown:
         hint = did_you_mean(unknown[0], roster.configs)
         raise RoutingError(

@@ -74,7 +74,7 @@ class Spans:
 
 def invocations(roster: Roster) -> dict[str, list[int]]:
     """The invocation tokens of the adapters that the present call uses, by adapter."""
-    names = roster.acting() if roster.route is None else dict.fromkeys(roster.route.names)
+    names = roster.acting() if roster.route is None else roster.route.adapters
     found = {n: getattr(roster.configs.get(n), "alora_invocation_tokens", None) for n in names}
     return {name: tokens for name, tokens in found.items() if tokens}
 
@@ -185,7 +185,7 @@ def _require_found(roster: Roster, counts: Mapping[str, Tensor]) -> None:
     for name, found in counts.items():
         rows = [True] * len(found)
         if roster.route is not None:
-            rows = [own == name for own in roster.route.names]
+            rows = [name in own for own in roster.route.rows]
         if any(row and not count for row, count in zip(rows, found.tolist(), strict=True)):
             raise RoutingError(
                 f"`{name}`: the call goes on from a cache, and its tokens hold no invocation: "
