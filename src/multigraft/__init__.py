@@ -3,6 +3,7 @@
 The names are PEFT's, so that ``from peft import ...`` becomes ``from multigraft import ...``.
 """
 
+from multigraft.arrow import create_arrow_model
 from multigraft.auto import get_peft_model
 from multigraft.calibration.corda import preprocess_corda
 from multigraft.calibration.eva import get_eva_state_dict, initialize_lora_eva_weights
@@ -60,6 +61,7 @@ from multigraft.tasks import (
     PeftModelForTokenClassification,
 )
 from multigraft.tuner import inject_adapter_in_model
+from multigraft.variants.arrow import ArrowConfig
 from multigraft.variants.bdlora import BdLoraConfig
 from multigraft.variants.kasa import KasaConfig
 from multigraft.variants.monteclora import MontecloraConfig
@@ -72,6 +74,7 @@ __all__ = [
     "AdaptedLayer",
     "AdapterNameError",
     "AdaptionPromptConfig",
+    "ArrowConfig",
     "BdLoraConfig",
     "CheckpointError",
     "ConfigError",
@@ -122,6 +125,7 @@ __all__ = [
     "diff",
     "doctor",
     "get_eva_state_dict",
+    "create_arrow_model",
     "get_layer_status",
     "get_model_status",
     "get_peft_model",

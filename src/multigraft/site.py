@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,7 @@ class Site:
         parameter: the tensor that is acted on when it is not the weight behind the forward: a
             bias, or a fused parameter of a module that reads it directly.
         kept: what the storage kept of the base's tensors while adapters are merged into them.
+        peers: what all adapters hold at the wrapped layer, by adapter, as it changes.
         inner: where ``layer`` lies in the module that is wrapped for it; empty when that is
             ``layer`` itself.
         target: what configs' patterns match; the path unless a parameter is named.
@@ -42,6 +44,7 @@ class Site:
     storage: Storage
     parameter: str | None = None
     kept: dict[str, Any] = field(default_factory=dict)
+    peers: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     inner: str = ""
     target: str = ""
     label: str = ""

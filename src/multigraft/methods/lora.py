@@ -100,7 +100,6 @@ class LoraConfig(TargetedConfig):
     _unbuilt: ClassVar[Mapping[str, Any]] = {
         "megatron_config": None,
         "runtime_config": {"ephemeral_gpu_offload": False},
-        "arrow_config": None,
     }
 
     def __post_init__(self) -> None:
@@ -163,6 +162,7 @@ class LoRA(Method):
         if self.variant is not None:
             self.mergeable = self.variant.mergeable
             self.by_token = self.variant.by_token
+            self.memory = self.variant.memory()
             self.needs_weight = self.variant.needs_weight
             self.needs_base = self.variant.needs_base
             self.has_exact_gradients = self.variant.has_exact_gradients
