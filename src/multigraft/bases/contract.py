@@ -142,6 +142,14 @@ class Geometry:
         """What `product` gives, as the products of `pairs`: ``(n, out, in)``."""
         return self.as_matrix(layer, W)[None]
 
+    def from_matrices(self, layer: nn.Module, M: Tensor) -> Tensor:
+        """The inverse of `as_matrices`."""
+        return self.from_matrix(layer, M[0])
+
+    def count(self, layer: nn.Module) -> int | None:
+        """How many matrices the layer holds, where it is a stack of them; else None."""
+        return None
+
     def add_product(
         self, layer: nn.Module, W: Tensor, A: Tensor, B: Tensor, scale: float
     ) -> Tensor:

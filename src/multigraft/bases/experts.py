@@ -57,6 +57,12 @@ class Experts(Geometry):
     def as_matrices(self, layer: nn.Module, W: Tensor) -> Tensor:
         return W.mT if _is_transposed(layer) else W
 
+    def from_matrices(self, layer: nn.Module, M: Tensor) -> Tensor:
+        return self.as_matrices(layer, M)
+
+    def count(self, layer: nn.Module) -> int | None:
+        return len(self._stack(layer))
+
     def _factors(self, layer: nn.Module, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """The two stacks whose product lies as the parameter does."""
         a, b = self.pairs(layer, A, B)

@@ -3,6 +3,7 @@
 from multigraft.kernels.adapted_linear import adapted_linear
 from multigraft.kernels.compressed import compressed_linear, group_size, grouped_features
 from multigraft.kernels.low_rank import low_rank_add
+from multigraft.kernels.reweighted_linear import reweighted_linear
 from multigraft.kernels.routed import grouped, grouped_linear, masked
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "grouped_linear",
     "low_rank_add",
     "masked",
+    "reweighted_linear",
 ]

@@ -99,15 +99,16 @@ class _AdaptedLinear(Node):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         seen, W, A, B, s = ctx.saved_tensors
         dy = grads[0].reshape(-1, W.shape[0])
-        ds = _scaled(dy, B, ctx.scale)
+        # The narrow side first: several times faster on a CPU than the same product transposed.
+        ds = _scaled(B.T, dy.T, ctx.scale)
         needs_x, _, _, needs_A, needs_B, _, needs_seen = ctx.needs_input_grad
         dx = dseen = None
         if needs_x and ctx.is_apart:
             dx = torch.mm(dy, W).view(seen.shape)
         elif needs_x:
-            dx = torch.mm(ds, A).addmm_(dy, W).view(seen.shape)
+            dx = torch.mm(ds.T, A).addmm_(dy, W).view(seen.shape)
         if needs_seen:
-            dseen = torch.mm(ds, A).view(seen.shape)
-        dA = torch.mm(ds.T, seen.reshape(-1, seen.shape[-1])) if needs_A else None
-        dB = _scaled(dy.T, s, ctx.scale) if needs_B else None
+            dseen = torch.mm(ds.T, A).view(seen.shape)
+        dA = torch.mm(ds, seen.reshape(-1, seen.shape[-1])) if needs_A else None
+        dB = _scaled(s.T, dy, ctx.scale).T if needs_B else None
         return dx, None, None, dA, dB, None, dseen

@@ -6,6 +6,10 @@ The norm is taken from the factors, never from the dense product:
 
     ‖W + s B A‖² = ‖W‖² + 2 s rowsum((W Aᵀ) ∘ B) + s² rowsum((B A Aᵀ) ∘ B)
 
+and kept until A, B or W change: once per step of the optimiser. ‖W‖² outlives A's and B's changes.
+A frozen linear layer and its adapter run as one node, `multigraft.kernels.reweighted_linear`.
+Stacked experts have a magnitude for each expert's output features, (experts, out).
+
 Paper: Liu et al. 2024, arXiv:2402.09353, eq. 5; the norm is held constant in the gradient (4.3).
 Departs: with dropout in training, the base product is taken of the dropped input too, as PEFT does.
 """
@@ -16,12 +20,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from multigraft import kernels
 from multigraft.methods.contract import Method, Params, TensorSpec
+from multigraft.variants._memo import Memo
 from multigraft.variants.contract import Variant, variant
 
 MAGNITUDE = "lora_magnitude_vector.weight"
+BLOCK = 2**22
+"""Elements of the weight that are widened at a time."""
 
 
 @variant("dora")
@@ -41,23 +49,41 @@ class DoRA(Variant):
     def refusal(self, lora: Method) -> str | None:
         if lora.config.lora_bias:
             return "`use_dora` cannot be combined with `lora_bias`; leave one of them out"
-        if lora.geometry.name == "experts":
-            return "`use_dora` has no magnitude for stacked experts; leave it False for them"
         groups = getattr(lora.site.layer, "groups", 1)
         return (
             f"`use_dora` needs a convolution with `groups` 1, not {groups}" if groups > 1 else None
         )
 
+    def memory(self) -> Norms:
+        return Norms()
+
     def tensors(self, lora: Method) -> dict[str, TensorSpec]:
         _, out = lora.geometry.sizes(lora.site.layer)
         spatial = -1 - lora.geometry.feature_axis(lora.site.layer)
         shape = (1, out, *(1,) * spatial) if spatial else (out,)
+        count = lora.geometry.count(lora.site.layer)
+        shape = shape if count is None else (count, out)
         return {MAGNITUDE: TensorSpec(shape, on_disk="lora_magnitude_vector")}
 
     def reset(self, lora: Method, params: Params) -> None:
         m = params[MAGNITUDE]
         if not m.is_meta:
-            m.copy_(self._norm(lora, params, lora.site.weight()).reshape(m.shape))
+            m.copy_(_norm(lora, params).reshape(m.shape))
+
+    def with_base(
+        self,
+        lora: Method,
+        params: Params,
+        x: Tensor,
+        W: Tensor,
+        bias: Tensor | None,
+        training: bool,
+    ) -> Tensor | None:
+        if lora.dropout and training:
+            return None  # the base's own part of the output sees what is not dropped
+        A, B = _factors(lora, params)
+        m, n = params[MAGNITUDE].flatten(), _norm(lora, params)[0]
+        return kernels.reweighted_linear(x, W, bias, A, B, lora.scaling, m, n)
 
     def add(
         self,
@@ -69,12 +95,11 @@ class DoRA(Variant):
         base: Tensor | None,
     ) -> Tensor:
         assert base is not None
-        W = lora.site.weight()
-        g = lora.as_output_bias(params[MAGNITUDE].flatten() / self._norm(lora, params, W))
+        g = lora.as_output_bias(params[MAGNITUDE].flatten() / _norm(lora, params)[0])
         layer = lora.site.layer
         if lora.dropout and training:
             x = F.dropout(x, lora.dropout)
-            base = lora.geometry.run(layer, x, W.to(x.dtype))
+            base = lora.geometry.run(layer, x, lora.site.weight().to(x.dtype))
         else:
             bias = getattr(layer, "bias", None)
             base = base if bias is None else base - lora.as_output_bias(bias).to(base.dtype)
@@ -84,22 +109,69 @@ class DoRA(Variant):
     def delta(self, lora: Method, params: Params, W: Tensor | None) -> Tensor:
         assert W is not None
         layer, geometry = lora.site.layer, lora.geometry
-        product = geometry.product(layer, *_factors(lora, params)) * lora.scaling
-        M = geometry.as_matrix(layer, W + product)
-        g = params[MAGNITUDE].flatten() / M.detach().norm(dim=1)
-        return geometry.from_matrix(layer, g[:, None] * M) - W
+        A, B = _factors(lora, params)
+        M = geometry.as_matrices(layer, geometry.add_product(layer, W, A, B, lora.scaling))
+        m = params[MAGNITUDE].view(*M.shape[:2], 1)
+        g = m / M.detach().norm(dim=2, keepdim=True)
+        return geometry.from_matrices(layer, g * M) - W
 
-    @torch.no_grad()
-    def _norm(self, lora: Method, params: Params, W: Tensor) -> Tensor:
-        """‖W + s B A‖ per output feature, ``(out,)``, in at least float32."""
-        A, B = (factor.flatten(1) for factor in _factors(lora, params))
-        dtype = torch.promote_types(torch.promote_types(A.dtype, W.dtype), torch.float32)
-        A, B = A.to(dtype), B.to(dtype)
-        M = lora.geometry.as_matrix(lora.site.layer, W).to(dtype)
-        s = lora.scaling
-        cross = ((M @ A.T) * B).sum(1)
-        square = (M * M).sum(1) + 2 * s * cross + s * s * ((B @ (A @ A.T)) * B).sum(1)
-        return square.clamp_min(0).sqrt()
+
+class Norms:
+    """What is kept at a site: ‖W + s B A‖, and the part of it that is the base's alone."""
+
+    def __init__(self) -> None:
+        self.whole = Memo()
+        self.own = Memo()
+
+
+def _norm(lora: Method, params: Params) -> Tensor:
+    """‖W + s B A‖ of each matrix's output features, ``(n, out)``, in at least float32."""
+    site = lora.site.tied or lora.site
+    norms: Norms = lora.memory  # type: ignore[attr-defined]
+    stored = [_stored(site.layer, site.tensor_name)]
+    trained = [tensor for name, tensor in params.items() if name != MAGNITUDE]
+
+    def compute() -> Tensor:
+        W = lora.site.weight()
+        with torch.autocast(W.device.type, enabled=False):
+            own = norms.own.get(lambda: _square(lora, W), frozen=stored)
+            return _adapted_norm(lora, params, W, own)
+
+    return norms.whole.get(compute, trained, stored, lora.scaling)
+
+
+def _stored(layer: nn.Module, name: str) -> Tensor | None:
+    """The tensor that a weight is held in, whatever its format; None where it is computed."""
+    return layer._parameters.get(name, layer._buffers.get(name))
+
+
+def _square(lora: Method, W: Tensor) -> Tensor:
+    """‖W‖² of each row, ``(n, out)``, without a wider copy of W."""
+    M = lora.geometry.as_matrices(lora.site.layer, W)
+    wide = torch.promote_types(W.dtype, torch.float32)
+    return torch.linalg.vector_norm(M, dim=2, dtype=wide).square()
+
+
+@torch.no_grad()
+def _adapted_norm(lora: Method, params: Params, W: Tensor, own: Tensor) -> Tensor:
+    layer, geometry = lora.site.layer, lora.geometry
+    A, B = geometry.pairs(layer, *_factors(lora, params))
+    dtype = torch.promote_types(torch.promote_types(A.dtype, W.dtype), torch.float32)
+    A, B, s = A.to(dtype), B.to(dtype), lora.scaling
+    # rowsum((2 s W Aᵀ + s² B A Aᵀ) ∘ B)
+    cross = torch.stack(
+        [_product(M, a) for M, a in zip(geometry.as_matrices(layer, W), A, strict=True)]
+    )
+    more = torch.baddbmm(cross.mT, B, A @ A.mT, beta=2 * s, alpha=s * s).mul_(B).sum(2)
+    return more.add_(own).clamp_min_(0).sqrt_()
+
+
+def _product(M: Tensor, a: Tensor) -> Tensor:
+    """``a Mᵀ`` in ``a``'s dtype, in blocks where M has another: a wide copy of it is never held."""
+    if M.dtype == a.dtype:
+        return a @ M.T
+    rows = max(1, BLOCK // M.shape[1])
+    return torch.cat([a @ block.to(a.dtype).T for block in M.split(rows)], dim=1)
 
 
 def _factors(lora: Method, params: Params) -> tuple[Tensor, Tensor]:
