@@ -161,7 +161,6 @@ class LoRA(Method):
         refusal = self.geometry.check_rank(site.layer, self.rank) or self.start.refusal(self)
         if self.variant is not None:
             self.mergeable = self.variant.mergeable
-            self.memory = self.variant.memory()
             self.by_token = self.variant.by_token
             self.memory = self.variant.memory()
             self.needs_weight = self.variant.needs_weight

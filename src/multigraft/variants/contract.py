@@ -81,10 +81,6 @@ class Variant:
         """What it remembers between calls at one site; held by the LoRA instance there."""
         return None
 
-    def memory(self) -> Any:
-        """What it remembers between calls at one site; held by the LoRA instance there."""
-        return None
-
     def tensors(self, lora: Method) -> dict[str, TensorSpec]:
         """Tensors beside A and B."""
         return {}
