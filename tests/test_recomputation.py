@@ -1,0 +1,80 @@
+"""What a call told its layers is there when a checkpointed block runs again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import multigraft
+from multigraft import LoraConfig
+from multigraft.recomputation import CHECKPOINT, remembered
+
+
+class Block(nn.Module):
+    """A block that is a checkpoint in training, as transformers' are."""
+
+    gradient_checkpointing = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.__dict__[CHECKPOINT] = self.run
+
+    @staticmethod
+    def run(function: Any, *args: Any) -> Any:
+        return checkpoint(function, *args, use_reentrant=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(rows, 4)`` to the same."""
+        return self.__dict__[CHECKPOINT](lambda x: self.inner(x).tanh(), x)
+
+
+def model() -> multigraft.PeftModel:
+    """Two blocks and two filled adapters that train."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["inner"])
+    found = multigraft.get_peft_model(nn.Sequential(Block(), Block()), config, "a")
+    found.add_adapter("b", config)
+    found.base_model.set_requires_grad(["a", "b"])
+    with torch.no_grad():
+        for name in ("a", "b"):
+            for parameter in found.roster.parameters(name):
+                parameter.normal_()
+    return found
+
+
+def grads(peft_model: multigraft.PeftModel) -> dict[str, Tensor]:
+    return {n: p.grad for n, p in peft_model.named_parameters() if p.grad is not None}
+
+
+def test_a_mixed_batch_trains_each_adapter_on_its_own_rows() -> None:
+    mixed, x = model(), torch.randn(3, 4)
+    for block in mixed.get_base_model():  # type: ignore[attr-defined]
+        block.__dict__[CHECKPOINT] = lambda function, *args: function(*args)
+    mixed(x, adapter_names=["a", "b", "a"]).sum().backward()
+    again = model()
+    again(x, adapter_names=["a", "b", "a"]).sum().backward()
+    expected, found = grads(mixed), grads(again)
+    assert expected.keys() == found.keys() and len(found) == 8
+    for name, grad in found.items():
+        torch.testing.assert_close(grad, expected[name])
+
+
+def test_the_blocks_are_as_they_were_after_the_call() -> None:
+    peft_model = model()
+    blocks = list(peft_model.get_base_model())  # type: ignore[call-overload]
+    before = [block.__dict__[CHECKPOINT] for block in blocks]
+    with remembered(peft_model.roster):
+        assert [block.__dict__[CHECKPOINT] for block in blocks] != before
+    assert [block.__dict__[CHECKPOINT] for block in blocks] == before
+
+
+def test_nothing_is_wrapped_where_no_gradient_is_wanted() -> None:
+    peft_model = model()
+    block = peft_model.get_base_model()[0]  # type: ignore[index]
+    before = block.__dict__[CHECKPOINT]
+    with torch.no_grad(), remembered(peft_model.roster):
+        assert block.__dict__[CHECKPOINT] is before
