@@ -48,7 +48,7 @@ def assembled(
         base = type(tuner.model)
         names = {"base_model_class": base.__name__, "parent_library": base.__module__}
         config.auto_mapping = names
-    prepared = prepared_like(tuner, _free(tuner), config, [source], list(cuts))
+    prepared = prepared_like(tuner, free_name(tuner), config, [source], list(cuts))
     known = {(site.path, site.parameter): site for site in cuts}
     state = {}
     for need, method in prepared.parts:
@@ -74,7 +74,7 @@ def _pair(method: Any, cut: Cut, bias: Tensor | None) -> Sequence[tuple[str, Ten
     return list(values.items())
 
 
-def _free(tuner: Tuner) -> str:
+def free_name(tuner: Tuner) -> str:
     """A name that no adapter has."""
     names = (f"plain{n}" for n in itertools.count())
     return next(name for name in names if name not in tuner.roster.configs)
