@@ -57,7 +57,6 @@ def test_updates_are_pefts(more: dict[str, Any], config: dict[str, Any]) -> None
     assert any(not torch.allclose(before[path], after[path], atol=1e-2) for path in after)
     assert made.ours.active_adapters == made.theirs.active_adapters == [name]
     assert any("Intruders" in line for line in own)
-    assert not torch.allclose(before, after, atol=1e-3)
     counts = [[re.findall(r"\d+$|No", line)[-1:] for line in lines[:-1]] for lines in (own, theirs)]
     assert counts[0] == counts[1]
     assert own[-1] == theirs[-1]
