@@ -7,8 +7,10 @@ from multigraft.arrow import create_arrow_model
 from multigraft.auto import get_peft_model
 from multigraft.calibration.corda import preprocess_corda
 from multigraft.calibration.eva import get_eva_state_dict, initialize_lora_eva_weights
+from multigraft.calibration.loftq import replace_lora_weights_loftq
 from multigraft.calibration.loraga import preprocess_loraga
 from multigraft.combine.convert import convert_to_lora, save_as_lora
+from multigraft.combine.extract import Extraction, extract_lora
 from multigraft.config import PeftConfig, PeftType, TaskType
 from multigraft.diagnosis import doctor
 from multigraft.errors import (
@@ -29,6 +31,7 @@ from multigraft.errors import (
 )
 from multigraft.initialisations.corda import CordaConfig
 from multigraft.initialisations.eva import EvaConfig
+from multigraft.initialisations.loftq import LoftQConfig
 from multigraft.initialisations.lora_ga import LoraGAConfig
 from multigraft.inspection import diff, inspect, targets, verify
 from multigraft.kbit import prepare_model_for_kbit_training
@@ -81,12 +84,14 @@ __all__ = [
     "CordaConfig",
     "DataError",
     "EvaConfig",
+    "Extraction",
     "HiraConfig",
     "IA3Config",
     "KasaConfig",
     "LNTuningConfig",
     "LoHaConfig",
     "LoKrConfig",
+    "LoftQConfig",
     "LoraConfig",
     "LoraGAConfig",
     "MergeError",
@@ -122,9 +127,11 @@ __all__ = [
     "VeloraConfig",
     "VeraConfig",
     "__version__",
+    "convert_to_lora",
     "create_arrow_model",
     "diff",
     "doctor",
+    "extract_lora",
     "get_eva_state_dict",
     "get_layer_status",
     "get_model_status",
@@ -136,6 +143,7 @@ __all__ = [
     "prepare_model_for_kbit_training",
     "preprocess_corda",
     "preprocess_loraga",
+    "replace_lora_weights_loftq",
     "save_as_lora",
     "set_peft_model_state_dict",
     "targets",
