@@ -124,6 +124,11 @@ def _as_plain(
     state = dict(state)
     for graft, keys in loras:
         lora = cast(LoRA, graft.method)
+        if lora.variant is not None and not lora.start.takes_out:
+            raise ConfigError(
+                f"path_initial_model_for_weight_conversion: {lora.title} at {graft.site} is more "
+                "than a pair of factors, and its beginning no part of the base. Leave it out."
+            )
         known = {now: state.pop(keys[then]) for now, then in lora.starts().items()}
         start = _start(known, before, keys, lora, initial)
         now = {name: state[keys[name]] for name in (lora.A, lora.B)}

@@ -29,6 +29,7 @@ ROWS = 4
 TARGET = "target"
 
 STARTS = [
+    {"init_lora_weights": "loftq", "r": 4},
     {"init_lora_weights": "olora", "r": 4},
     {"init_lora_weights": "orthogonal", "r": 4},
     {"init_lora_weights": "pissa", "r": 4},

@@ -1,12 +1,21 @@
 """Initialisations of LoRA: one file each. The import list is explicit and sorted."""
 
-from multigraft.initialisations import corda, eva, lora_ga, mica, olora, orthogonal, pissa, plain
+from multigraft.initialisations import (
+    corda,
+    eva,
+    loftq,
+    lora_ga,
+    mica,
+    olora,
+    orthogonal,
+    pissa,
+    plain,
+)
 from multigraft.initialisations.contract import (
     INITIALISATIONS,
     MATRICES,
     START_A,
     START_B,
-    STARTS,
     Initialisation,
     initialisation,
     initialisation_for,
@@ -19,12 +28,12 @@ __all__ = [
     "MATRICES",
     "START_A",
     "START_B",
-    "STARTS",
     "Initialisation",
     "corda",
     "eva",
     "initialisation",
     "initialisation_for",
+    "loftq",
     "lora_ga",
     "mica",
     "moved",

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -26,13 +26,12 @@ from torch import Tensor
 
 from multigraft.config import require
 from multigraft.errors import ConfigError, MultigraftWarning, did_you_mean
-from multigraft.methods.contract import Params
+from multigraft.methods.contract import Params, TensorSpec
 from multigraft.registry import Registry
 from multigraft.site import Site
 
 START_A, START_B = "lora_initial_A.weight", "lora_initial_B.weight"
 """Names, in memory and on disk, of where A and B began; files of PEFT lack them."""
-STARTS = frozenset({START_A, START_B})
 
 MATRICES = frozenset({"linear", "conv1d_transposed"})
 """Geometries whose weight is one matrix."""
@@ -60,6 +59,9 @@ class Initialisation:
     name: ClassVar[str]
     takes_out: ClassVar[bool] = False
     """Whether it begins at a part of the base's weight, which is then kept; see the module."""
+    from_weight: ClassVar[bool] = False
+    """Whether it begins at a product of the rank that follows from the weight, as all that
+    `takes_out` do, over the scaling."""
     geometries: ClassVar[frozenset[str] | None] = None
     """Names of the geometries that it is for; None for all."""
     option: ClassVar[str | None] = None
@@ -84,13 +86,13 @@ class Initialisation:
                 "this layer to another adapter with `init_lora_weights=True`, or out of "
                 "`target_modules`"
             )
-        if not self.takes_out:
-            return None
-        if lora.variant is not None and not lora.variant.takes_starts:
+        if self.takes_out and lora.variant is not None and not lora.variant.takes_starts:
             return (
                 f'`init_lora_weights="{self.name}"` takes a part out of the base, which '
                 f"{lora.variant.name} does not know of; leave one of them out"
             )
+        if not (self.takes_out or self.from_weight):
+            return None
         if lora.scaling <= 0:
             return (
                 f'`init_lora_weights="{self.name}"` divides by the scaling (={lora.scaling:g}); '
@@ -104,6 +106,14 @@ class Initialisation:
             )
         return None
 
+    def tensors(self, lora: LowRank) -> dict[str, TensorSpec]:
+        """Tensors beside A and B."""
+        if not self.takes_out:
+            return {}
+        in_, out = lora.geometry.sizes(lora.site.layer)
+        start = TensorSpec((lora.rank, in_), trainable=False, buffer=True, optional=True)
+        return {START_A: start, START_B: start._replace(shape=(out, lora.rank))}
+
     def fill(self, lora: LowRank, A: Tensor, B: Tensor) -> None:
         """Write the initial values into A and B."""
         raise NotImplementedError(f"{type(self).__name__} must define `fill`")
@@ -115,11 +125,11 @@ class Initialisation:
             params[START_A].copy_(params[lora.A])
             params[START_B].copy_(params[lora.B])
 
-    def recover(self, lora: LowRank, params: Params) -> None:
-        """Fill where A and B began, for a file that has A and B alone.
+    def recover(self, lora: LowRank, params: Params, missing: Collection[str]) -> None:
+        """Fill those of its `tensors` that a file lacks which has A and B.
 
         Args:
-            params: the adapter's tensors; writes to A and B are dropped.
+            params: all of the adapter's tensors; writes to others than ``missing`` are dropped.
         """
         self.reset(lora, params)
 

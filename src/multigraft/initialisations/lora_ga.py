@@ -13,6 +13,7 @@ Departs: B₀ keeps the singular values, as in PEFT; and the base keeps its bits
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -119,9 +120,9 @@ class LoRAGA(Initialisation):
         A.copy_(a)
         B.copy_(b)
 
-    def recover(self, lora: LowRank, params: Params) -> None:
+    def recover(self, lora: LowRank, params: Params, missing: Collection[str]) -> None:
         if lora.site.layer in FOUND:
-            super().recover(lora, params)
+            super().recover(lora, params, missing)
             return
         warnings.warn(
             f"{lora.site}: the file does not hold what LoRA-GA took out of the base, and without "

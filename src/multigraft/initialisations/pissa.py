@@ -12,12 +12,16 @@ Departs: the base keeps its bits; see `multigraft.initialisations.contract`.
 from __future__ import annotations
 
 import re
+import warnings
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
+from multigraft.errors import MultigraftWarning
 from multigraft.initialisations._weights import weight
 from multigraft.initialisations.contract import MATRICES, Initialisation, LowRank, initialisation
+from multigraft.methods.contract import Params
 
 
 @initialisation("pissa")
@@ -52,3 +56,15 @@ class PiSSA(Initialisation):
         root = (S / lora.scaling).sqrt()
         A.copy_(root[:, None] * Vh)
         B.copy_(U * root)
+
+    def recover(self, lora: LowRank, params: Params, missing: Collection[str]) -> None:
+        if self.iterations is not None:
+            warnings.warn(
+                f"{lora.site}: the file does not hold what a random decomposition took out of the "
+                "base, so another one is made, as in PEFT, and outputs differ from those of "
+                "training. Save it with path_initial_model_for_weight_conversion= where it was "
+                "trained.",
+                MultigraftWarning,
+                stacklevel=2,
+            )
+        super().recover(lora, params, missing)

@@ -214,10 +214,7 @@ class LoRA(Method):
         specs = {self.A: TensorSpec(a), self.B: TensorSpec(b)}
         if self.bias:
             specs[self.bias] = TensorSpec((b[0],))
-        if self.start.takes_out:
-            kept = TensorSpec(a, trainable=False, buffer=True, optional=True)
-            specs[initialisations.START_A] = kept
-            specs[initialisations.START_B] = kept._replace(shape=b)
+        specs |= self.start.tensors(self)
         return specs if self.variant is None else specs | self.variant.tensors(self)
 
     def reset(self, params: Params) -> None:
@@ -228,8 +225,8 @@ class LoRA(Method):
             self.variant.reset(self, params)
 
     def restore(self, params: Params, missing: Collection[str]) -> None:
-        if missing and set(missing) <= initialisations.STARTS:
-            self.start.recover(self, writable(params, missing))
+        if missing and set(missing) <= self.start.tensors(self).keys():
+            self.start.recover(self, writable(params, missing), missing)
         elif self.variant is not None and set(missing) <= self.variant.derived:
             self.variant.derive(self, params)
         else:

@@ -1,6 +1,17 @@
 """Variants of LoRA: one file each. The import list is explicit and sorted."""
 
-from multigraft.variants import alora, arrow, bdlora, dora, kasa, mica, monteclora, qalora, velora
+from multigraft.variants import (
+    alora,
+    arrow,
+    bdlora,
+    dora,
+    kasa,
+    loftq,
+    mica,
+    monteclora,
+    qalora,
+    velora,
+)
 from multigraft.variants.contract import VARIANTS, Variant, check_options, variant, variant_for
 
 __all__ = [
@@ -12,6 +23,7 @@ __all__ = [
     "check_options",
     "dora",
     "kasa",
+    "loftq",
     "mica",
     "monteclora",
     "qalora",
