@@ -10,11 +10,12 @@ import typer
 
 import multigraft
 from multigraft.cli.diff import diff
-from multigraft.cli.inspect import inspect
 from multigraft.cli.doctor import doctor
+from multigraft.cli.inspect import inspect
 from multigraft.cli.interrupted import EXIT_CODE, Interrupted
 from multigraft.cli.quickstart import quickstart
 from multigraft.cli.quiet import hush
+from multigraft.cli.report import report
 from multigraft.cli.targets import targets
 from multigraft.cli.train import train
 from multigraft.cli.verify import verify
@@ -75,4 +76,5 @@ app.command()(inspect)
 app.command()(verify)
 app.command()(targets)
 app.command()(diff)
+app.command()(report)
 app.command()(doctor)
