@@ -1,23 +1,25 @@
-"""The low-rank pairs of several adapters at one layer, stacked for the routed operators.
+"""The low-rank pairs of several adapters at one layer, or at several that read one input.
 
-    A: (adapters, rank, in)   B: (adapters, rank, out)   scale: (adapters,)
-
-In inference a stack is made once per layer and route (one call, one `generate`, one `mixed_batch`
-block) and goes with the route, so its memory is bounded by the adapters of one batch and it can
-never be older than their values. In training it is made anew, and gradients flow through it.
+In inference what is stacked of them is made once per layer and route (one call, one `generate`, one
+`mixed_batch` block) and goes with the route, so its memory is bounded by the adapters of one batch
+and it can never be older than their values. In training it is made anew, and gradients flow
+through it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from multigraft import kernels
 from multigraft.graft import Graft
+from multigraft.kernels import Part, Stack
 from multigraft.routing import Grouping
+from multigraft.site import Site
 
 FEW_TOKENS = 512
 """Up to so many rows times tokens, a GPU is faster with one wide product than with many."""
@@ -27,52 +29,112 @@ Frozen = tuple[Tensor, Tensor | None]
 
 
 class Bank:
-    """Stacked pairs.
+    """Pairs of equally many adapters at each layer.
 
     Args:
-        pairs: (A, B, scale) of each adapter; at least one.
+        pairs: (A, B, scale) by layer and adapter; at least one.
         dtype: what they are cast to.
     """
 
-    def __init__(self, pairs: Sequence[Pair], dtype: torch.dtype) -> None:
-        rank = max(A.shape[0] for A, _, _ in pairs)
-        self.A = torch.stack([_padded(A, rank) for A, _, _ in pairs]).to(dtype)
-        self.B = torch.stack([_padded(B.T, rank) for _, B, _ in pairs]).to(dtype)
-        self.scale = scales(tuple(scale for _, _, scale in pairs), dtype, self.A.device)
+    def __init__(self, pairs: Sequence[Sequence[Pair]], dtype: torch.dtype) -> None:
+        self.pairs = pairs
+        self.dtype = dtype
+        self.ranks = [max(A.shape[0] for A, _, _ in own) for own in pairs]
         self._masks: dict[int, Tensor] = {}
+        self._stack: Stack | None = None
 
-    def run(self, x: Tensor, frozen: Frozen | None, grouping: Grouping) -> Tensor | None:
-        """The base layer's output and each row's own contribution in one node, where that helps.
+    @cached_property
+    def A(self) -> Tensor:
+        """``(layers · adapters, rank, in)`` flattened to ``(Σ rank, in)``, layer by layer."""
+        rows = [
+            _padded(A, rank)
+            for own, rank in zip(self.pairs, self.ranks, strict=True)
+            for A, _, _ in own
+        ]
+        return torch.cat(rows).to(self.dtype)
+
+    @cached_property
+    def Bs(self) -> list[Tensor]:
+        """``(adapters, rank, out)`` of each layer."""
+        return [
+            torch.stack([_padded(B.T, rank) for _, B, _ in own]).to(self.dtype)
+            for own, rank in zip(self.pairs, self.ranks, strict=True)
+        ]
+
+    @cached_property
+    def scales(self) -> list[Tensor]:
+        """``(adapters,)`` of each layer."""
+        device = self.pairs[0][0][0].device
+        return [
+            kernels.constants(tuple(scale for _, _, scale in own), self.dtype, device)
+            for own in self.pairs
+        ]
+
+    def run(self, x: Tensor, frozen: Sequence[Frozen], grouping: Grouping) -> list[Tensor] | None:
+        """The base layers' outputs and each row's own contributions, where one go can do it.
 
         Args:
             x: (rows, ..., in).
-            frozen: the base layer's weight and bias, if its call is nothing more than them.
+            frozen: each base layer's weight and bias, whose call is nothing more than them.
         """
-        if frozen is None or not grouping.in_order or self.is_few(x):
+        if self.is_few(x):
+            return None if torch.is_grad_enabled() else self._run_few(x, frozen, grouping)
+        if not grouping.in_order:
             return None
-        return kernels.grouped_linear(x, *frozen, self.A, self.B, self.scale)
+        parts = [
+            Part(*own, *(tuple(column) for column in zip(*pairs, strict=True)))
+            for own, pairs in zip(frozen, self.pairs, strict=True)
+        ]
+        if torch.is_grad_enabled():
+            return kernels.adapted_linears(x, parts)
+        if self._stack is None:
+            self._stack = Stack.of(parts, self.dtype)
+        return kernels.adapted_linears(x, parts, None, self._stack)
 
-    def add(self, y: Tensor, x: Tensor, grouping: Grouping, in_place: bool) -> Tensor:
-        """``y`` plus each row's own contribution.
+    def _run_few(self, x: Tensor, frozen: Sequence[Frozen], grouping: Grouping) -> list[Tensor]:
+        """One narrow product for all layers and adapters; foreign columns are set to zero."""
+        flat = x.reshape(-1, x.shape[-1])
+        each = flat.shape[0] // x.shape[0]
+        s = torch.mm(flat, self.A.T)
+        mask = self._mask(grouping)
+        s.view(x.shape[0], each, -1).mul_(mask[:, None])
+        ys, start = [], 0
+        for (W, bias), B in zip(frozen, self.Bs, strict=True):
+            own = s.narrow(1, start, B.shape[0] * B.shape[1])
+            start += own.shape[1]
+            y = F.linear(flat, W, bias).addmm_(own, B.flatten(0, 1))
+            ys.append(y.view(*x.shape[:-1], -1))
+        return ys
+
+    def add(self, y: Tensor, x: Tensor, grouping: Grouping) -> Tensor:
+        """``y`` plus each row's own contribution, at a single layer.
 
         Args:
             y, x: (rows, ..., out) and (rows, ..., in).
-            in_place: whether ``y`` may be written to.
         """
+        B, scale = self.Bs[0], self.scales[0]
+        A = self.A.view(B.shape[0], B.shape[1], -1)
         if self.is_few(x):
-            return kernels.masked(y, x, self.A, self.B, self._mask(grouping), in_place)
-        scale = grouping.valid.to(self.scale) * self.scale[:, None]
-        return kernels.grouped(y, x, self.A, self.B, scale, grouping.slots, grouping.in_order)
+            return kernels.masked(y, x, A, B, self._mask(grouping))
+        places = grouping.valid.to(scale) * scale[:, None]
+        return kernels.grouped(y, x, A, B, places, grouping.slots, grouping.in_order)
 
     def is_few(self, x: Tensor) -> bool:
         """Whether there are so few tokens that launches cost more than products."""
         return x.is_cuda and x.numel() <= FEW_TOKENS * x.shape[-1]
 
     def _mask(self, grouping: Grouping) -> Tensor:
+        """The scale in the columns of each row's own adapter, else zero: ``(rows, Σ rank)``."""
         rows = grouping.one_hot.shape[0]
         if rows not in self._masks:
-            mask = grouping.one_hot.to(self.scale) * self.scale
-            self._masks[rows] = mask.repeat_interleave(self.A.shape[1], dim=1)
+            hot = grouping.one_hot.to(self.dtype)
+            self._masks[rows] = torch.cat(
+                [
+                    (hot * scale).repeat_interleave(rank, dim=1)
+                    for scale, rank in zip(self.scales, self.ranks, strict=True)
+                ],
+                dim=1,
+            )
         return self._masks[rows]
 
 
@@ -86,7 +148,7 @@ def pair(graft: Graft, training: bool, dropout: bool = False) -> Pair | None:
     geometry = method.site.geometry
     if geometry is None or not geometry.is_matmul or method.site.parameter is not None:
         return None
-    if training and (method.rank_dropout or method.module_dropout or not method.trains_as_pair):
+    if training and (method.rank_dropout or method.module_dropout):
         return None
     if training and method.dropout and not dropout:
         return None
@@ -105,13 +167,14 @@ def joined(grafts: Sequence[Graft], training: bool) -> Pair | None:
     return torch.cat(As), torch.cat([B * s for B, s in zip(Bs, scale, strict=True)], dim=1), 1.0
 
 
-@lru_cache(maxsize=256)
-def scales(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """These numbers as a tensor, made once: each copy to a device would wait for it."""
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=dtype, device=device)
+def frozen_of(site: Site, x: Tensor) -> Frozen | None:
+    """The base layer's weight and bias, if its call is nothing more and in the input's dtype."""
+    if site.geometry is None or torch.is_autocast_enabled(x.device.type):
+        return None
+    found = site.geometry.frozen_matrix(site.layer)
+    return found if found is not None and found[0].dtype == x.dtype else None
 
 
 def _padded(factor: Tensor, rank: int) -> Tensor:
     missing = rank - factor.shape[0]
-    return torch.nn.functional.pad(factor, (0, 0, 0, missing)) if missing else factor
+    return F.pad(factor, (0, 0, 0, missing)) if missing else factor

@@ -1,6 +1,6 @@
 """Base layer and low-rank adapters in one node, where a layer and its adapters allow it.
 
-Everything else runs part by part in `AdaptedLayer._run`, with the same result to rounding.
+Everything else runs part by part in `AdaptedLayer.run`, with the same result to rounding.
 """
 
 from __future__ import annotations
@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from multigraft import kernels
-from multigraft.bank import pair, scales
+from multigraft.bank import frozen_of, joined, pair
 from multigraft.graft import Graft
+from multigraft.kernels import Dropped, Part
 
 
 def fused(grafts: Sequence[Graft], x: Tensor, training: bool) -> Tensor | None:
@@ -22,28 +24,33 @@ def fused(grafts: Sequence[Graft], x: Tensor, training: bool) -> Tensor | None:
         grafts: at least one, all of one site.
         x: the base layer's input, ``(..., in)``.
     """
-    site = grafts[0].site
-    if site.geometry is None or torch.is_autocast_enabled(x.device.type):
+    part = part_of(grafts, x, training)
+    if part is None:
         return None
-    base = site.geometry.frozen_matrix(site.layer)
-    if base is None or base[0].dtype != x.dtype:
+    p = rate(grafts, training) if training else 0.0
+    return kernels.adapted_linears(x, [part], dropped(x, p) if p else None)[0]
+
+
+def part_of(grafts: Sequence[Graft], x: Tensor, training: bool) -> Part | None:
+    """The base layer and these adapters as one frozen layer with one pair, if they are that."""
+    frozen = frozen_of(grafts[0].site, x)
+    if frozen is None:
         return None
-    W, bias = base
-    is_single = len(grafts) == 1
-    if is_single:
-        own = grafts[0].method.with_base(grafts[0].params, x, W, bias, training)
-        if own is not None:
-            return own
-    pairs = [pair(graft, training, dropout=is_single) for graft in grafts]
-    whole = [found for found in pairs if found is not None]
-    if len(whole) < len(pairs):
-        return None
-    if is_single:
-        A, B, scale = whole[0]
-        p = grafts[0].method.dropout if training else 0.0
-        seen = torch.nn.functional.dropout(x, p) if p else None
-        return kernels.adapted_linear(x, W, bias, A, B, scale, seen)
-    As, Bs, values = zip(*whole, strict=True)
-    columns = [value for A, value in zip(As, values, strict=True) for _ in range(A.shape[0])]
-    wide = scales(tuple(columns), x.dtype, x.device)
-    return kernels.adapted_linear(x, W, bias, torch.cat(As), torch.cat(Bs, dim=1), wide)
+    if len(grafts) == 1:
+        found = pair(grafts[0], training, dropout=True)
+    else:
+        found = joined(grafts, training)
+    return None if found is None else Part(*frozen, (found[0],), (found[1],), (found[2],))
+
+
+def rate(grafts: Sequence[Graft], training: bool) -> float:
+    """The dropout of what these adapters see; several are one part only where they have none."""
+    return grafts[0].method.dropout if training and len(grafts) == 1 else 0.0
+
+
+def dropped(x: Tensor, p: float) -> Dropped:
+    """What adapters with this dropout see of ``x``, in training."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return Dropped(F.dropout(x, p))
+    seen, mask = torch.native_dropout(x, p, True)
+    return Dropped(seen, mask, 1.0 / (1.0 - p))

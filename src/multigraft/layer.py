@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -25,6 +26,7 @@ from multigraft.errors import NestingError, RoutingError, StateError
 from multigraft.facade import LayerFacade
 from multigraft.fused import fused
 from multigraft.graft import Graft
+from multigraft.kernels import MANY_TOKENS
 from multigraft.mixed import run_rows
 from multigraft.storage import storage_of
 
@@ -115,6 +117,7 @@ class AdaptedLayer(LayerFacade, nn.Module):
         self.storage = storage_of(base_layer)
         self.roster = roster
         self.is_read = is_read
+        self.siblings = roster.siblings_of(path)
         self.grafts: dict[str, list[Graft]] = {}
         self.kept: dict[str, Any] = {}
         self.parted: dict[str, nn.Parameter] = {}
@@ -145,9 +148,27 @@ class AdaptedLayer(LayerFacade, nn.Module):
             args = (kwargs.pop(self._input_name(kwargs)),)
         x, more = args[0], args[1:]
         route = self.roster.route
+        if not (more or kwargs) and self._may_share(x, route):
+            y = self.siblings.run(self, x, route)
+            if y is not None:
+                return y
         if route is not None:
             return run_rows(self, route, x, more, kwargs)
         return self.run(self.plan, x, more, kwargs)
+
+    def _may_share(self, x: Any, route: Any) -> bool:
+        """Whether this is a plain call of this very module that others may gain from."""
+        return (
+            type(x) is Tensor
+            and (
+                route is not None
+                or torch.is_grad_enabled()
+                or x.numel() >= MANY_TOKENS * x.shape[-1]
+            )
+            and not torch.compiler.is_compiling()
+            and not torch._C._are_functorch_transforms_active()
+            and "_is_replica" not in self.__dict__
+        )
 
     def _input_name(self, kwargs: Mapping[str, Any]) -> str:
         """The name of the base layer's input, when it is given by name.
@@ -291,6 +312,7 @@ class AdaptedLayer(LayerFacade, nn.Module):
         self.roster.forget_stacks()
         graft.site.kept, graft.site.peers = self.kept, self.grafts
         self.grafts.setdefault(graft.adapter, []).append(graft)
+        self.siblings.join(self)
         for name, tensor in tensors.items():
             group, _, leaf = name.partition(".")
             owner, key = self._group(group).place(graft.adapter, graft.site.label, leaf)
@@ -315,6 +337,7 @@ class AdaptedLayer(LayerFacade, nn.Module):
         self.roster.forget_stacks()
         graft.site.kept = self.kept
         self.grafts.setdefault(graft.adapter, []).append(graft)
+        self.siblings.join(self)
         owner, key = self._group(graft.method.prefix).place(graft.adapter, graft.site.label, "")
         owner._modules[key] = module
         graft.stand_in = module
@@ -326,6 +349,8 @@ class AdaptedLayer(LayerFacade, nn.Module):
         """Take one adapter's tensors out; returns its grafts, with their tensors still held."""
         self.roster.forget_stacks()
         grafts = self.grafts.pop(adapter, [])
+        if not self.grafts:
+            self.siblings.leave(self)
         for group, container in list(self._modules.items()):
             if isinstance(container, AdapterDict):
                 del container[adapter]

@@ -1,7 +1,8 @@
-"""A mixed batch at one layer: the base once for all rows, and each row's own adapter.
+"""A mixed batch at one layer, or at several that read one input.
 
-Adapters that are one low-rank pair here run together, in a fixed number of operators; any other one
-runs on its own rows. Which is which is found once per route in inference.
+The base runs once for all rows. Adapters that are one low-rank pair there run together, in a fixed
+number of operators; any other one runs on its own rows. Which is which is found once per route in
+inference.
 """
 
 from __future__ import annotations
@@ -12,27 +13,30 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from multigraft.bank import Bank, Frozen, joined
+from multigraft.bank import Bank, Frozen, frozen_of, joined
 from multigraft.errors import RoutingError
 
 if TYPE_CHECKING:
     from multigraft.layer import AdaptedLayer
     from multigraft.routing import Company as Row
-    from multigraft.routing import Route
+    from multigraft.routing import Grouping, Route
 
 
 class Company(NamedTuple):
-    """The adapters of a route that act at one layer.
+    """The adapters of a route that act at some layers.
 
     Args:
-        together: those in the bank; adapters that share their rows are one.
-        alone: the others.
+        alone: rows' adapters that are not in the bank.
+        rows: size of the input's first axis.
     """
 
-    together: tuple[Row, ...]
+    layers: Sequence[AdaptedLayer]
     alone: tuple[Row, ...]
     bank: Bank | None
+    grouping: Grouping | None
     dtype: torch.dtype
+    device: torch.device
+    rows: int
     training: bool
 
 
@@ -43,57 +47,91 @@ def run_rows(layer: AdaptedLayer, route: Route, x: Tensor, args: Any, kwargs: An
         x: the base layer's input, ``(rows, ...)``.
     """
     x = route.spread(x)
-    rows = dict(route.groups(x, layer))
-    company = _company(layer, route, x, list(rows))
-    frozen = None if args or kwargs or company.alone else _frozen(layer, x)
-    grouping = None
-    if company.bank is not None:
-        grouping = route.grouping(x, company.together)
-        whole = company.bank.run(x, frozen, grouping)
+    company = _company([layer], route, x)
+    assert company is not None  # a single layer's always is one
+    if not (args or kwargs):
+        whole = _whole(company, x)
         if whole is not None:
-            return whole
+            return whole[0]
     base = y = layer.base_layer(x, *args, **kwargs)
-    if company.bank is not None and grouping is not None:
-        in_place = frozen is not None and not torch.is_grad_enabled()
-        y = company.bank.add(y, x, grouping, in_place)
+    if company.bank is not None and company.grouping is not None:
+        y = company.bank.add(y, x, company.grouping)
+    rows = dict(route.groups(x, layer)) if company.alone else {}
     for adapter in company.alone:
         y = _alone(layer, adapter, rows[adapter], x, y, base, args, kwargs)
     return y
 
 
-def _company(layer: AdaptedLayer, route: Route, x: Tensor, adapters: Sequence[Row]) -> Company:
-    known: Company | None = route.companies.get(id(layer))
+def run_together(layers: Sequence[AdaptedLayer], route: Route, x: Tensor) -> list[Tensor] | None:
+    """The outputs of layers that read the same input, or None where each must run by itself."""
+    x = route.spread(x)
+    company = _company(layers, route, x)
+    return None if company is None else _whole(company, x)
+
+
+def _whole(company: Company, x: Tensor) -> list[Tensor] | None:
+    """All base layers with all their adapters, where nothing else is to be done."""
+    if company.bank is None or company.grouping is None or company.alone:
+        return None
+    frozen = [_frozen(layer, x) for layer in company.layers]
+    ready = [own for own in frozen if own is not None and own[0].device == x.device]
+    if len(ready) < len(frozen):
+        return None
+    return company.bank.run(x, ready, company.grouping)
+
+
+def _company(layers: Sequence[AdaptedLayer], route: Route, x: Tensor) -> Company | None:
+    """Who acts at these layers; None where several layers do not have the same company."""
+    key = (id(layers[0]), len(layers))
+    known: Company | None = route.companies.get(key)
     if (
         known is not None
         and not torch.is_grad_enabled()
+        and known.rows == x.shape[0]
         and known.dtype == x.dtype
-        and known.training == layer.training
+        and known.device == x.device
+        and known.training == layers[0].training
+        and all(a is b for a, b in zip(known.layers, layers, strict=True))
     ):
         return known
-    pairs, alone = {}, []
-    for adapter in adapters:
-        grafts = layer.grafts_of(adapter)
-        found = joined(grafts, layer.training)
-        if found is not None:
-            pairs[adapter] = found
-        elif grafts:
-            alone.append(adapter)
-    bank = Bank(list(pairs.values()), x.dtype) if pairs else None
-    company = Company(tuple(pairs), tuple(alone), bank, x.dtype, layer.training)
+    company = _found(layers, route, x)
     if torch.is_grad_enabled():
-        route.companies.pop(id(layer), None)  # a step may follow, and change what was stacked
-    else:
-        route.companies[id(layer)] = company
+        route.companies.pop(key, None)  # a step may follow, and change what was stacked
+    elif company is not None:
+        route.companies[key] = company
     return company
+
+
+def _found(layers: Sequence[AdaptedLayer], route: Route, x: Tensor) -> Company | None:
+    first = layers[0]
+    adapters = [name for name, _ in route.groups(x, first)]
+    pairs: list[list[Any]] = []
+    together: list[tuple[Row, ...]] = []
+    alone: list[Row] = []
+    for layer in layers:
+        own = {}
+        for adapter in adapters:
+            grafts = layer.grafts_of(adapter)
+            found = joined(grafts, layer.training)
+            if found is not None:
+                own[adapter] = found
+            elif grafts:
+                alone.append(adapter)
+        pairs.append(list(own.values()))
+        together.append(tuple(own))
+    if len(layers) > 1 and (alone or len(set(together)) > 1):
+        return None
+    bank = Bank(pairs, x.dtype) if together[0] else None
+    grouping = route.grouping(x, together[0]) if together[0] else None
+    return Company(
+        list(layers), tuple(alone), bank, grouping, x.dtype, x.device, x.shape[0], first.training
+    )
 
 
 def _frozen(layer: AdaptedLayer, x: Tensor) -> Frozen | None:
     """The base layer's weight and bias, if its call is nothing more and in the input's dtype."""
-    geometry = next((g.site.geometry for g in layer.all_grafts() if g.site.geometry), None)
-    if geometry is None or torch.is_autocast_enabled(x.device.type):
-        return None
-    found = geometry.frozen_matrix(layer.base_layer)
-    return found if found is not None and found[0].dtype == x.dtype else None
+    graft = next((g for g in layer.all_grafts() if g.site.geometry), None)
+    return None if graft is None else frozen_of(graft.site, x)
 
 
 def _alone(

@@ -23,6 +23,7 @@ from multigraft.prompts import Context
 from multigraft.replication import Replication
 from multigraft.requantisation import Loss
 from multigraft.routing import Route
+from multigraft.siblings import Siblings
 from multigraft.spans import Spans
 
 _LIVE: WeakKeyDictionary[nn.Module, ref[Roster]] = WeakKeyDictionary()
@@ -61,6 +62,8 @@ class Roster:
         """What quantising merged weights again lost, by the tensor's path."""
         self.replication: Replication | None = None
         """The list of layers that stands in for the base's own, if one does."""
+        self.siblings: dict[str, Siblings] = {}
+        """Adapted layers of one parent, by its path."""
         self.thawed: list[nn.Parameter] = []
         """Base parameters that were trainable before the first adapter froze the base."""
 
@@ -287,6 +290,13 @@ class Roster:
         """What a route has stacked of adapters is no longer theirs: something of them changes."""
         if self.route is not None:
             self.route.companies.clear()
+
+    def siblings_of(self, path: str) -> Siblings:
+        """The adapted layers that have the same parent as the one at this path."""
+        parent = path.rpartition(".")[0]
+        if parent not in self.siblings:
+            self.siblings[parent] = Siblings(parent)
+        return self.siblings[parent]
 
     @contextmanager
     def routed(self, route: Route | None) -> Iterator[None]:

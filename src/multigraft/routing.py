@@ -63,7 +63,7 @@ class Route:
             if company:
                 self._rows.setdefault(company, []).append(row)
         self._indices: dict[tuple[torch.device, int], list[tuple[Company, Tensor]]] = {}
-        self.companies: dict[int, Any] = {}
+        self.companies: dict[tuple[int, int], Any] = {}
         """What layers keep for the length of the route: see `multigraft.mixed`."""
         self._groupings: dict[tuple[torch.device, int, tuple[Company, ...]], Grouping] = {}
 

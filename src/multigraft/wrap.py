@@ -191,6 +191,8 @@ def _remembered(layer: AdaptedLayer) -> Callable[[], None]:
     def put_back() -> None:
         layer.grafts.clear()
         layer.grafts.update(grafts)
+        if grafts:
+            layer.siblings.join(layer)
         for table, content in tables:
             table.clear()
             table.update(content)

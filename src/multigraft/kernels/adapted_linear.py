@@ -1,33 +1,52 @@
-"""A frozen linear layer and a low-rank pair on it, as one node of the graph.
+"""Frozen linear layers that read one input, with low-rank pairs on each, as one node of the graph.
 
-    y  = x Wᵀ + b + scale · s Bᵀ          s  = x Aᵀ
-    dS = scale · dY B      dX = dY W + dS A      dA = dSᵀ x      dB = scale · dYᵀ s
+    y_i  = x W_iᵀ + b_i + scale_i · s_i B_iᵀ        [s_1 … s_k] = x [A_1 … A_k]ᵀ
+    dS_i = scale_i · dY_i B_i      dA_i = dS_iᵀ x      dB_i = scale_i · dY_iᵀ s_i
+    dX   = [dS_1 … dS_k] [A_1 … A_k] + Σ dY_i W_i
 
 x: (..., in)   W: (out, in)   b: (out,)   A: (rank, in)   B: (out, rank)   s: (..., rank)
 
-The narrow product comes first and the base's accumulates onto it, forwards and backwards, so that
-nothing as wide as y or x is written to be added afterwards: autograd alone would also add the two
-parts of dX. Saved are x and s; A and B are cast to x's dtype, never x to theirs.
+Several adapters take equal shares of the rows, the first one's first; then the pairs' products are
+batched over them. The narrow product comes first and the base's accumulates onto it, forwards and
+backwards, so that nothing as wide as y or x is written to be added afterwards: autograd alone would
+add up the parts of dX. Saved are x, once for all layers, and s; A and B are cast to x's dtype,
+never x to theirs.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from multigraft.kernels.layout import Layout, Part, Stack, constants, layout_for
 from multigraft.kernels.node import Node
 
 MANY_TOKENS = 1024
 """From so many tokens on, writing the narrow product first saves a pass over y."""
 
 
+class Dropped(NamedTuple):
+    """What the factors see in place of the input: it after a dropout.
+
+    Args:
+        x: of the input's shape.
+        mask: what was kept, or None where ``x`` is to get a gradient of its own.
+        scale: what the kept elements were multiplied by.
+    """
+
+    x: Tensor
+    mask: Tensor | None = None
+    scale: float = 1.0
+
+
 def adapted_linear_reference(
-    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float | Tensor
+    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
 ) -> Tensor:
-    """The specification, in plain operators."""
+    """The specification, in plain operators, for one layer and one adapter."""
     return F.linear(x, W, bias) + F.linear(F.linear(x, A.to(x.dtype)) * scale, B.to(x.dtype))
 
 
@@ -37,78 +56,234 @@ def adapted_linear(
     bias: Tensor | None,
     A: Tensor,
     B: Tensor,
-    scale: float | Tensor,
-    seen: Tensor | None = None,
+    scale: float,
+    dropped: Dropped | None = None,
 ) -> Tensor:
-    """``x Wᵀ + b + scale · (x Aᵀ) Bᵀ`` for a ``W`` and ``b`` that take no gradients.
+    """``x Wᵀ + b + scale · (x Aᵀ) Bᵀ`` for a ``W`` and ``b`` that take no gradients."""
+    return adapted_linears(x, [Part(W, bias, (A,), (B,), (scale,))], dropped)[0]
+
+
+def adapted_linears(
+    x: Tensor,
+    parts: Sequence[Part],
+    dropped: Dropped | None = None,
+    stack: Stack | None = None,
+) -> list[Tensor]:
+    """The outputs ``(..., out)`` of all these layers, in one node.
 
     Args:
-        scale: a number, or one for each column of the rank, ``(rank,)``.
-        seen: what A sees in place of ``x``, of its shape: ``x`` after a dropout.
+        x: with several adapters, ``(rows, ..., in)`` with equally many rows for each.
+        stack: the layers' factors as they are now, where no gradient is wanted.
     """
+    is_one = len(parts) == 1 and len(parts[0].A) == 1 and dropped is None
+    if is_one and x.numel() < MANY_TOKENS * x.shape[-1] and not torch.is_grad_enabled():
+        return [_few(x, parts[0])]
+    layout = layout_for(parts)
+    tensors: list[Tensor | None] = []
+    for part in parts:
+        tensors += (part.W, part.bias, *part.A, *part.B)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        seen = x if dropped is None else dropped.x
+        A, Bs = stack or layout.stacked(tensors, x.dtype)
+        flat = _forward(layout, x, seen, A, Bs, tensors)[0]
+    else:
+        found = _AdaptedLinears.apply(layout, x, *(dropped or (None, None, 1.0)), *tensors)
+        flat = found[-layout.layers :]
+    if x.dim() == 2:
+        return list(flat)
+    lead = x.shape[:-1]
+    # Viewed out here: what a node gives as a view, nobody may write to.
+    return [y.view(*lead, y.shape[-1]) for y in flat]
+
+
+def _few(x: Tensor, part: Part) -> Tensor:
+    """One layer and one adapter on few tokens, without gradients: every microsecond counts."""
+    W, bias, (A,), (B,), (scale,) = part
     if A.dtype != x.dtype:
         A, B = A.to(x.dtype), B.to(x.dtype)
-    if isinstance(scale, Tensor):
-        # One scale a column: into the narrow factor, where autograd sees it.
-        A, scale = A * scale[:, None], 1.0
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return _forward(x, W, bias, A, B, scale, seen)[0]
-    y: Tensor = _AdaptedLinear.apply(x, W, bias, A, B, scale, seen)[0]
+    y, s = F.linear(x, W, bias), F.linear(x, A)
+    y.view(-1, y.shape[-1]).addmm_(s.view(-1, s.shape[-1]), B.T, alpha=scale)
     return y
 
 
 def _forward(
+    layout: Layout,
     x: Tensor,
-    W: Tensor,
-    bias: Tensor | None,
+    seen: Tensor,
     A: Tensor,
-    B: Tensor,
-    scale: float,
-    seen: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    flat = x.reshape(-1, x.shape[-1])
-    s = torch.mm(flat if seen is None else seen.reshape(flat.shape), A.T)
-    if flat.shape[0] < MANY_TOKENS:
-        y = F.linear(flat, W, bias).addmm_(s, B.T, alpha=scale)
-    else:
-        own = _scaled(s, B.T, scale) if bias is None else torch.addmm(bias, s, B.T, alpha=scale)
-        y = own.addmm_(flat, W.T)
-    return y.view(*x.shape[:-1], W.shape[0]), s
+    Bs: Sequence[Tensor],
+    tensors: Sequence[Tensor | None],
+) -> tuple[list[Tensor], Tensor]:
+    """Each layer's output ``(tokens, out)``, and s."""
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    s = _narrow(layout, seen, A)
+    few = layout.adapters == 1 and flat.shape[0] < MANY_TOKENS
+    ys = []
+    for i, (start, rank) in enumerate(layout.columns):
+        W, bias = tensors[i * layout.size : i * layout.size + 2]
+        assert W is not None
+        own = s if layout.layers == 1 else s.narrow(-1, start, rank)
+        right, scale = Bs[i].mT, layout.scale[i]
+        if few:
+            ys.append(F.linear(flat, W, bias).addmm_(own, right, alpha=scale))
+            continue
+        if bias is None:
+            y = _scaled(own, right, scale)
+        else:
+            y = _accumulate(bias, own, right, scale)
+        ys.append(y.view(flat.shape[0], -1).addmm_(flat, W.T))
+    return ys, s
+
+
+def _narrow(layout: Layout, seen: Tensor, A: Tensor) -> Tensor:
+    """S of all layers side by side."""
+    s = _thin(_shared(seen, layout), A.mT, 1.0)
+    return s if layout.uneven is None else s * layout.factors(s)
+
+
+class _AdaptedLinears(Node):
+    """Inputs: the layout, x, what the factors see with its mask and scale, the layers' tensors.
+
+    Outputs: s, those stacked factors that are no inputs, and each layer's output ``(tokens, out)``.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        layout: Layout, x: Tensor, seen: Tensor | None, mask: Any, kept: float, *tensors: Any
+    ) -> tuple[Tensor, ...]:
+        A, Bs = layout.stacked(tensors, x.dtype)
+        ys, s = _forward(layout, x, x if seen is None else seen, A, Bs, tensors)
+        if layout.is_single and A is tensors[2]:
+            return s, *ys
+        own = {id(tensor) for tensor in tensors}
+        return s, *(t for t in (A, *Bs) if id(t) not in own), *ys
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        layout, x, seen, mask, ctx.kept, *tensors = inputs
+        ctx.layout, ctx.shape, ctx.is_apart = layout, x.shape, seen is not None
+        inner = output[: -layout.layers]
+        ctx.mark_non_differentiable(*inner)
+        ctx.set_materialize_grads(False)
+        ctx.stacked = len(inner) - 1
+        # The biases are not needed; their places stay empty.
+        held = list(tensors)
+        held[1 :: layout.size] = [None] * layout.layers
+        ctx.save_for_backward(seen if ctx.is_apart else x, mask, *inner, *held)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        layout: Layout = ctx.layout
+        dys = grads[1 + ctx.stacked :]
+        seen, mask, s, *more = ctx.saved_tensors
+        ready, tensors = more[: ctx.stacked], more[ctx.stacked :]
+        needs_x, needs_seen, _, _, *needs = ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled():
+            # To autograd, what was kept is no function of x and the factors, as second gradients
+            # need it.
+            A, Bs = layout.stacked(tensors, seen.dtype)
+            s = _narrow(layout, seen, A)
+        else:
+            A, Bs = layout.again(ready, tensors, seen.dtype)
+        ds = _narrow_gradient(layout, dys, Bs, s)
+        own = None
+        if needs_x or needs_seen:
+            own = _product(ds, A).view(-1, ctx.shape[-1])
+        dx = dseen = None
+        if not ctx.is_apart:
+            dx = own
+        elif mask is None:
+            dseen = None if own is None else own.view(ctx.shape)
+        elif own is not None:
+            dx = torch.ops.aten.native_dropout_backward(own, mask.view_as(own), ctx.kept)
+        if needs_x:
+            for i, dy in enumerate(dys):
+                if dy is not None:
+                    W = tensors[i * layout.size]
+                    dx = torch.mm(dy, W) if dx is None else dx.addmm_(dy, W)
+            dx = None if dx is None else dx.view(ctx.shape)
+        found = _factor_gradients(layout, dys, ds, s, seen, tensors, needs)
+        return None, dx, dseen if needs_seen else None, None, None, *found
+
+
+def _narrow_gradient(
+    layout: Layout, dys: Sequence[Tensor | None], Bs: Sequence[Tensor], s: Tensor
+) -> Tensor:
+    """DS of all layers side by side, scaled."""
+    parts = []
+    for rank, dy, B, scale in zip(layout.rank, dys, Bs, layout.scale, strict=True):
+        if dy is None:
+            parts.append(s.new_zeros(*s.shape[:-1], rank))
+        else:
+            parts.append(_thin(_shared(dy, layout), B, scale))
+    # Joined as they lie, the narrow side first.
+    ds = parts[0] if layout.layers == 1 else torch.cat([part.mT for part in parts], dim=-2).mT
+    return ds if layout.uneven is None else ds * layout.factors(ds)
+
+
+def _factor_gradients(
+    layout: Layout,
+    dys: Sequence[Tensor | None],
+    ds: Tensor,
+    s: Tensor,
+    seen: Tensor,
+    tensors: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients in the order of ``tensors``: slices of one product for all A, of one for each B."""
+    found: list[Tensor | None] = [None] * len(tensors)
+    n, size = layout.adapters, layout.size
+    firsts = [i * size + 2 for i in range(layout.layers) if dys[i] is not None]
+    if any(any(needs[first : first + n]) for first in firsts):
+        dA = _as(_product(ds.mT, _shared(seen, layout)), tensors[2])
+        own = layout.split_A(dA)
+        for first in firsts:
+            found[first : first + n] = own[first // size]
+    for first in firsts:
+        if any(needs[first + n : first + 2 * n]):
+            i = first // size
+            narrow = s if layout.layers == 1 else s.narrow(-1, *layout.columns[i])
+            dB = _as(_thin(_shared(dys[i], layout).mT, narrow, layout.scale[i]), tensors[first + n])
+            found[first + n : first + 2 * n] = layout.split_B(dB, i)
+    return found
+
+
+def _as(gradient: Tensor, factor: Tensor) -> Tensor:
+    return gradient if gradient.dtype == factor.dtype else gradient.to(factor.dtype)
+
+
+def _shared(x: Any, layout: Layout) -> Any:
+    """``(tokens, width)``, or with several adapters ``(adapters, tokens of each, width)``."""
+    if layout.adapters == 1:
+        return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return x.reshape(layout.adapters, -1, x.shape[-1])
+
+
+def _thin(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """``scale · left right`` for a narrow ``right``.
+
+    A CPU is several times faster on the same product transposed; its result lies so in memory.
+    """
+    if left.device.type == "cpu":
+        return _scaled(right.mT, left.mT, scale).mT
+    return _scaled(left, right, scale)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    return torch.mm(left, right) if left.dim() == 2 else torch.bmm(left, right)
+
+
+def _accumulate(start: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """``start + scale · left right``."""
+    add = torch.addmm if left.dim() == 2 else torch.baddbmm
+    return add(start, left, right, alpha=scale)
 
 
 def _scaled(left: Tensor, right: Tensor, scale: float) -> Tensor:
     """``scale · left right`` in one product: what is added to it is nothing, and never read."""
-    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
-
-
-class _AdaptedLinear(Node):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        return _forward(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, W, _, A, B, ctx.scale, seen = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.is_apart = seen is not None
-        ctx.save_for_backward(x if seen is None else seen, W, A, B, output[1])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        seen, W, A, B, s = ctx.saved_tensors
-        dy = grads[0].reshape(-1, W.shape[0])
-        # The narrow side first: several times faster on a CPU than the same product transposed.
-        ds = _scaled(B.T, dy.T, ctx.scale)
-        needs_x, _, _, needs_A, needs_B, _, needs_seen = ctx.needs_input_grad
-        dx = dseen = None
-        if needs_x and ctx.is_apart:
-            dx = torch.mm(dy, W).view(seen.shape)
-        elif needs_x:
-            dx = torch.mm(ds.T, A).addmm_(dy, W).view(seen.shape)
-        if needs_seen:
-            dseen = torch.mm(ds.T, A).view(seen.shape)
-        dA = torch.mm(ds, seen.reshape(-1, seen.shape[-1])) if needs_A else None
-        dB = _scaled(s.T, dy, ctx.scale).T if needs_B else None
-        return dx, None, None, dA, dB, None, dseen
+    if scale == 1.0:
+        return _product(left, right)
+    add = torch.addmm if left.dim() == 2 else torch.baddbmm
+    return add(constants((0.0,), left.dtype, left.device), left, right, beta=0, alpha=scale)
