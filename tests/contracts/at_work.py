@@ -100,6 +100,13 @@ def replaces(pair: Pair) -> bool:
     return METHODS[pair.method].kind == "replace"
 
 
+def begins_still(pair: Pair) -> bool:
+    """Whether a new adapter changes nothing, as the method's instance at this site claims."""
+    if not METHODS[pair.method].identity_at_init:
+        return False
+    return grafts(attach(pair), pair)[0].method.identity_at_init
+
+
 def has_exact_gradients(pair: Pair) -> bool:
     """What the method's instance at this site claims."""
     return grafts(attach(pair), pair)[0].method.has_exact_gradients

@@ -31,6 +31,7 @@ from tests.contracts.at_work import (
     attach,
     base_bits,
     batch,
+    begins_still,
     exact,
     fill,
     grafts,
@@ -79,7 +80,7 @@ def law(
 # -- the laws -------------------------------------------------------------------------------------
 
 
-@law(lambda pair: METHODS[pair.method].identity_at_init)
+@law(begins_still)
 def a_new_adapter_changes_nothing(pair: Pair) -> None:
     subject, x = exact(pair, pair.subject()), batch(pair)
     before = subject(x)
