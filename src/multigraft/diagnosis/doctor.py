@@ -80,6 +80,9 @@ def doctor(
         treatment = Treatment(_copy(patient.values), _copy(patient.tensors))
     if fix:
         fixed(patient, treatment)
+    if patient.others and (fix or treatment.done):
+        others = ", ".join(f"`{name}`" for name in patient.others)
+        treatment.done.append(f"left out the tensors of {others}")
     if not treatment.done:
         return _diagnosed(patient, refusals)
     folder = _write(patient, treatment, output)
@@ -111,10 +114,11 @@ def _skeleton(base: str | os.PathLike[str] | nn.Module | None) -> nn.Module | No
 def _write(patient: Patient, treatment: Treatment, output: str | os.PathLike[str] | None) -> Path:
     """Put the new files in place, and the old ones beside them."""
     folder = patient.folder if output is None else Path(output).expanduser()
-    if output is None and patient.config_path is not None and patient.config_path.is_symlink():
+    paths = [p for p in (patient.config_path, patient.weights_path) if p is not None]
+    if output is None and any(path.is_symlink() for path in paths):
         raise CheckpointError(
-            f"{folder} is a cache, whose files are not changed. Name a directory for the new ones: "
-            "--output DIR."
+            f"{folder} holds links, as a cache does, and files behind links are not changed. Name "
+            "a directory for the new ones: --output DIR."
         )
     weights = WEIGHTS_NAME
     if output is None and patient.weights_path and patient.weights_path.suffix == ".safetensors":

@@ -8,6 +8,7 @@ In memory, and in files of older PEFT, the adapter's name stands behind the grou
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from multigraft.keys import INFIXES, PREFIX, full_key
@@ -63,14 +64,34 @@ def parsed(name: str) -> Parsed:
     return Parsed(site, group, adapter, tuple(rest))
 
 
-def standard(name: str) -> str:
-    """The name that a file of PEFT's has for this tensor."""
+def nested(name: str, by_design: bool = False) -> bool:
+    """Whether a tensor's name tells of an adapter inside another one's wrapper.
+
+    Args:
+        by_design: whether wrappers of base layers in base layers belong to one adapter, as PEFT
+            writes several adapted parameters of one module.
+    """
+    found = parsed(name)
+    inside = any(part in HELD or is_group(part) for part in found.rest)
+    held = found.site.rpartition(".")[2]
+    return bool(found.group) and (inside or (held in HELD and not by_design))
+
+
+def standards(names: Iterable[str]) -> dict[str, str]:
+    """These names of one file to those that PEFT's files have; nested ones stay as they are."""
+    names = list(names)
+    is_adalora = any(parsed(name).group == "lora_E" for name in names)  # its pairs are no modules
+    return {n: n if nested(n) else _standard(n, are_modules=not is_adalora) for n in names}
+
+
+def _standard(name: str, are_modules: bool) -> str:
     if not name.startswith("base_model.") and "." not in name:
         return name  # of an adapter as a whole, such as a prompt
     found = parsed(name)
-    if name.startswith("base_model.") and found.site.startswith("base_model."):
-        return name  # of an adapter as a whole, such as VeRA's shared matrices
-    if found.group in ("lora_A", "lora_B") and not found.rest:  # loralib's, without the module
+    if found.site.startswith("base_model."):
+        return name  # beside the base, as prompt learning saves modules
+    is_pair = found.group in ("lora_A", "lora_B")
+    if is_pair and are_modules and not found.rest:  # loralib's names
         return full_key(f"{found.key}.weight")
     return full_key(found.key)
 

@@ -35,19 +35,6 @@ Scale = Callable[[str, str, int], float]
 """The scale of (an adapter's name, the path that it is at, its rank)."""
 
 
-def nested(name: str, by_design: bool = False) -> bool:
-    """Whether a tensor's name tells of an adapter inside another one's wrapper.
-
-    Args:
-        by_design: whether wrappers of base layers in base layers belong to one adapter, as PEFT
-            writes several adapted parameters of one module.
-    """
-    found = parsed(name)
-    inside = any(part in HELD or is_group(part) for part in found.rest)
-    held = found.site.rpartition(".")[2]
-    return bool(found.group) and (inside or (held in HELD and not by_design))
-
-
 @dataclass
 class Plain:
     """What came of a nest.

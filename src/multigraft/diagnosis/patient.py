@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from multigraft.checkpoint import locate, locate_weights
 from multigraft.config import PeftConfig
 from multigraft.diagnosis.findings import Finding
-from multigraft.diagnosis.names import Parsed, parsed, standard, tool_of
+from multigraft.diagnosis.names import Parsed, nested, parsed, standards, tool_of
 from multigraft.errors import CheckpointError, ConfigError, MultigraftError
 from multigraft.inspection.files import folders_in
 from multigraft.reading import (
@@ -74,6 +74,13 @@ class Patient:
         return any(tool_of(name) for name in self.tensors or ())
 
     @cached_property
+    def is_plain(self) -> bool:
+        """Whether the tensors are one adapter's, under names that tell what they are."""
+        owners = {found.adapter for found in self.names.values() if found.adapter}
+        is_nest = any(nested(name, self.is_by_design) for name in self.names)
+        return not (self.is_foreign or is_nest or len(owners) > 1)
+
+    @cached_property
     def names(self) -> dict[str, Parsed]:
         """Every tensor's name, taken apart."""
         return {name: parsed(name) for name in self.tensors or ()}
@@ -82,8 +89,8 @@ class Patient:
     def standard(self) -> dict[str, Tensor]:
         """The tensors by the names that PEFT's files have; of equal ones, the first."""
         found: dict[str, Tensor] = {}
-        for name, tensor in (self.tensors or {}).items():
-            found.setdefault(standard(name), tensor)
+        for name, new in standards(self.tensors or ()).items():
+            found.setdefault(new, (self.tensors or {})[name])
         return found
 
     @property
@@ -121,6 +128,9 @@ def admit(
         patient.weights_path = path
         beside = path.parent / CONFIG_NAME
         patient.config_path = beside if beside.is_file() else None
+        if patient.config_path is None:
+            problem = f"{path.parent} holds no {CONFIG_NAME}, and {path.name} cannot do without."
+            patient.failures.append(_missing(CONFIG_NAME, problem))
     else:
         _find(patient, path, where)
     _read(patient, allow_pickle)
@@ -147,11 +157,17 @@ def _find(patient: Patient, path: Path, where: Mapping[str, Any]) -> None:
             setattr(patient, name, find(path, *arguments, **where))
         except CheckpointError as error:
             missing.append((CONFIG_NAME if find is locate else WEIGHTS_NAME, error))
-    if len(missing) == 2:
+    there = [name for name, _ in missing if os.path.lexists(path / name)]
+    if len(missing) == 2 and not there:
         raise missing[0][1]
     for name, reason in missing:
-        remedy = "Copy the file into the folder, or save the adapter again."
-        patient.failures.append(Finding("missing file", name, str(reason), remedy))
+        finding = _unreadable(path / name, reason) if name in there else _missing(name, str(reason))
+        patient.failures.append(finding)
+
+
+def _missing(name: str, problem: str) -> Finding:
+    remedy = "Copy the file into the folder, or save the adapter again."
+    return Finding("missing file", name, problem, remedy)
 
 
 def _read(patient: Patient, allow_pickle: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from multigraft.config import PeftConfig
-from multigraft.diagnosis.checks.config import as_numbers, method_of
-from multigraft.diagnosis.checks.shapes import strangers
-from multigraft.diagnosis.names import LORA, parsed, standard
-from multigraft.diagnosis.nest import Plain, bare, nested, scale_of, un_nested
+from multigraft.diagnosis.checks.config import as_meant, method_meant
+from multigraft.diagnosis.checks.shapes import is_whole_model, strangers
+from multigraft.diagnosis.names import LORA, nested, parsed, standards
+from multigraft.diagnosis.nest import Plain, bare, scale_of, un_nested
 from multigraft.diagnosis.patient import Patient
 from multigraft.errors import ConfigError, UnsupportedError
 from multigraft.keys import full_key
@@ -39,32 +41,39 @@ class Treatment:
 def fixed(patient: Patient, treatment: Treatment) -> None:
     """Change what is safe: names, numbers in quotes, the method's name, what is no adapter's."""
     values, tensors = treatment.values, treatment.tensors
-    if values is not None and values.get("peft_type") is None and (kind := method_of(patient)):
+    kind = method_meant(patient)
+    if values is not None and kind is not None and values.get("peft_type") != kind:
         values["peft_type"] = kind
-        treatment.done.append(f'{CONFIG_NAME}: added "peft_type": "{kind}"')
-    if values is not None and isinstance(patient.config, ConfigError) and values.get("peft_type"):
-        numbers = as_numbers(values)
-        values |= numbers
-        treatment.done += [f"{CONFIG_NAME}: `{k}` is the number {v}" for k, v in numbers.items()]
+        treatment.done.append(f'{CONFIG_NAME}: "peft_type" is "{kind}"')
+    if values is not None and isinstance(patient.config, ConfigError):
+        meant = as_meant(values)
+        values |= meant
+        said = [f"{CONFIG_NAME}: `{k}` is {json.dumps(v)} without quotes" for k, v in meant.items()]
+        treatment.done += said
     if tensors is None or patient.is_foreign:
         return
-    if patient.others:
-        treatment.done.append(f"left out the tensors of {_listed(patient.others)}")
     path = patient.weights_path
     if path is not None and path.suffix in PICKLE_ENDINGS:
         treatment.done.append(f"{path.name}: written as safetensors")
-    extra = [name for name in strangers(patient) if name in tensors]
-    if extra:
+    extra = strangers(patient)
+    if is_whole_model(patient, extra):
         treatment.done.append(f"left out {len(extra):,} tensors of the base, `{extra[0]}` first")
         tensors = {name: t for name, t in tensors.items() if name not in extra}
-    names = {name: name if nested(name) else standard(name) for name in tensors}
-    if len(set(names.values())) == len(names):
-        count = sum(old != new for old, new in names.items())
-        if count:
-            first = next(old for old, new in names.items() if old != new)
-            treatment.done.append(f"renamed {count:,} tensors, `{first}` to `{names[first]}` first")
-        tensors = {names[name]: tensor for name, tensor in tensors.items()}
     treatment.tensors = tensors
+    renamed(treatment)
+
+
+def renamed(treatment: Treatment) -> None:
+    """Give tensors the names that PEFT's files have, unless two would have the same."""
+    tensors = treatment.tensors or {}
+    names = standards(tensors)
+    changed = [old for old, new in names.items() if old != new]
+    if changed and len(set(names.values())) == len(names):
+        first = changed[0]
+        treatment.tensors = {names[name]: tensor for name, tensor in tensors.items()}
+        treatment.done.append(
+            f"renamed {len(changed):,} tensors, `{first}` to `{names[first]}` first"
+        )
 
 
 def made_plain(patient: Patient, treatment: Treatment, within: Sequence[Path], drop: bool) -> None:
@@ -80,8 +89,14 @@ def made_plain(patient: Patient, treatment: Treatment, within: Sequence[Path], d
     tensors, config = treatment.tensors or {}, patient.config
     by_design = patient.is_by_design
     sites = {bare(parsed(name).site) for name in tensors if nested(name, by_design)}
+    owners = {parsed(n).adapter for n in tensors} - {""}
     if not sites:
         return
+    if len(owners) > 1:
+        raise UnsupportedError(
+            f"the file holds tensors of several adapters, {_listed(sorted(owners))}, and one of "
+            "them is made plain. Name it: --adapter NAME."
+        )
     if not isinstance(config, LoraConfig):
         why = config if isinstance(config, ConfigError) else f"its method is {config.peft_type}"
         raise UnsupportedError(
@@ -95,6 +110,7 @@ def made_plain(patient: Patient, treatment: Treatment, within: Sequence[Path], d
     if plain.patterns and treatment.values is not None:
         _set_patterns(treatment.values, plain)
     treatment.done += _account(plain, config, inner, len(sites), drop)
+    renamed(treatment)
 
 
 def _is_of(name: str, sites: set[str]) -> bool:
@@ -118,7 +134,8 @@ class _Configs:
     def _find(self, name: str) -> LoraConfig:
         if not name and not self.within:
             return self.own  # the name was that of the file's own adapter, and both were taken off
-        near = [self.folder / name, self.folder.parent / name, self.folder.parent]
+        near = [self.folder / name, self.folder.parent / name]
+        near += [self.folder.parent] if name == "default" else []
         named = [folder for folder in self.within if folder.name == name]
         folders = named or ([*self.within] if len(self.within) == 1 else near if name else [])
         path = next((f / CONFIG_NAME for f in folders if (f / CONFIG_NAME).is_file()), None)
@@ -136,8 +153,6 @@ class _Configs:
 
 
 def _set_patterns(values: dict[str, Any], plain: Plain) -> None:
-    import re
-
     for site, (rank, alpha) in plain.patterns.items():
         pattern = re.escape(site)
         values["rank_pattern"] = {pattern: rank, **(values.get("rank_pattern") or {})}

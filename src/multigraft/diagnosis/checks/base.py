@@ -45,10 +45,11 @@ def base_model(patient: Patient) -> Iterator[Finding]:
     for each in dict.fromkeys(str(warning.message) for warning in caught):
         remedy = "See that it is meant."
         yield Finding("base model", patient.where, each, remedy, is_note=True)
-    if patient.tensors is not None:
-        report, _ = compare(expected, {k: t for k, t in tensors.items() if not _is_copy(k)})
+    if patient.tensors is not None and patient.is_plain:
+        copies = {k: t for k, t in tensors.items() if k not in expected and _is_copy(k)}
+        report, _ = compare(expected, {k: t for k, t in tensors.items() if k not in copies})
         yield from _disagreements(report, base)
-        yield from _copies(tensors, base)
+        yield from _copies(copies, base)
 
 
 def _another_base(patient: Patient, base: nn.Module, config: PeftConfig) -> Iterator[Finding]:
@@ -107,14 +108,14 @@ def _is_copy(key: str) -> bool:
 
 def _copies(tensors: dict[str, Tensor], base: nn.Module) -> Iterator[Finding]:
     own = dict(base.named_parameters(remove_duplicate=False))
-    for key in filter(_is_copy, tensors):
+    for key, tensor in tensors.items():
         original = own.get(".".join(part for part in key.split(".") if part not in HELD))
-        if original is None or original.shape != tensors[key].shape:
+        if original is None or original.shape != tensor.shape:
             needed = "none there" if original is None else f"{tuple(original.shape)} there"
             yield Finding(
                 "base model",
                 key,
-                f"is a copy of the base's own tensor, {tuple(tensors[key].shape)}; the base has "
+                f"is a copy of the base's own tensor, {tuple(tensor.shape)}; the base has "
                 f"{needed}.",
                 "Name the base that the adapter was trained on.",
             )

@@ -33,9 +33,8 @@ def method(patient: Patient) -> Iterator[Finding]:
     """A config that does not say which method it is of, or one that is not built."""
     if patient.values is None:
         return
-    kind = patient.values.get("peft_type")
+    kind, guess = patient.values.get("peft_type"), method_meant(patient)
     if kind is None:
-        guess = method_of(patient)
         yield Finding(
             "method",
             patient.where,
@@ -52,6 +51,7 @@ def method(patient: Patient) -> Iterator[Finding]:
             patient.where,
             f"`peft_type` is {shown(str(kind))}, which is not built here.",
             f"Write {near[0]}, if that is meant." if near else f"Built are {', '.join(CONFIGS)}.",
+            is_fixable=guess is not None,
         )
 
 
@@ -61,12 +61,12 @@ def config_values(patient: Patient) -> Iterator[Finding]:
     if patient.values is None or str(patient.values.get("peft_type")) not in CONFIGS:
         return
     if isinstance(patient.config, ConfigError):
-        mended = as_numbers(patient.values)
+        mended = as_meant(patient.values)
         yield Finding(
             "values of the config",
             patient.where,
             str(patient.config),
-            "Write the numbers as numbers." if mended else "Correct the value.",
+            "Write it without quotes." if mended else "Correct the value.",
             is_fixable=bool(mended),
         )
 
@@ -75,7 +75,7 @@ def config_values(patient: Patient) -> Iterator[Finding]:
 def unknown_keys(patient: Patient) -> Iterator[Finding]:
     """Keys that the method's config does not have, and that have no effect."""
     values = patient.values or {}
-    kind = str(values.get("peft_type") or method_of(patient))
+    kind = str(values.get("peft_type") or method_meant(patient))
     if kind not in CONFIGS:
         return
     known = {f.name for f in dataclasses.fields(CONFIGS[kind])}
@@ -109,8 +109,11 @@ def version(patient: Patient) -> Iterator[Finding]:
         )
 
 
-def method_of(patient: Patient) -> str | None:
-    """The method that the tensors' names tell, if they tell one."""
+def method_meant(patient: Patient) -> str | None:
+    """The method that the config names in whatever case; or that the tensors' names tell."""
+    kind = (patient.values or {}).get("peft_type")
+    if kind is not None:
+        return str(kind).upper() if str(kind).upper() in CONFIGS else None
     groups = {found.group for found in patient.names.values()}
     if "lora_E" in groups:
         return "ADALORA"
@@ -118,16 +121,21 @@ def method_of(patient: Patient) -> str | None:
     return told.pop() if len(told) == 1 else None
 
 
-def as_numbers(values: dict[str, Any]) -> dict[str, Any]:
-    """Those values that are numbers in quotes where a number is meant, as numbers."""
-    klass = CONFIGS[str(values["peft_type"])]
-    kinds = {f.name: str(f.type) for f in dataclasses.fields(klass)}
-    mended: dict[str, Any] = {}
+def as_meant(values: dict[str, Any]) -> dict[str, Any]:
+    """What stands in quotes, and is a number or a truth value for a field that has such."""
+    kind = str(values.get("peft_type"))
+    fields = dataclasses.fields(CONFIGS[kind]) if kind in CONFIGS else ()
+    kinds = {f.name: str(f.type) for f in fields}
+    meant: dict[str, Any] = {}
     for key, value in values.items():
-        kind = kinds.get(key, "")
-        if isinstance(value, str) and "str" not in kind and re.fullmatch(NUMBER, value):
-            mended[key] = int(value) if kind.startswith("int") else float(value)
-    return mended
+        kind = kinds.get(key, "str")
+        if not isinstance(value, str) or "str" in kind:
+            continue
+        if kind.startswith("bool") and value.lower() in ("true", "false"):
+            meant[key] = value.lower() == "true"
+        elif kind.startswith(("int", "float")) and re.fullmatch(NUMBER, value):
+            meant[key] = float(value) if "." in value or kind.startswith("float") else int(value)
+    return meant
 
 
 NUMBER = r"[0-9]{1,9}(\.[0-9]{1,9})?"

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 
 from multigraft.diagnosis.checks.contract import check
 from multigraft.diagnosis.findings import Finding
-from multigraft.diagnosis.names import standard, tool_of
-from multigraft.diagnosis.nest import nested
+from multigraft.diagnosis.names import nested, standards, tool_of
 from multigraft.diagnosis.patient import Patient
 
 
@@ -58,8 +57,9 @@ def names_of_tensors(patient: Patient) -> Iterator[Finding]:
             is_fixable=bool(patient.others),
         )
         return
-    wrong = {n: s for n in patient.tensors or () if (s := standard(n)) != n and not nested(n)}
-    clashes = [s for s, count in Counter(map(standard, patient.tensors or ())).items() if count > 1]
+    names = standards(patient.tensors or ())
+    wrong = {old: new for old, new in names.items() if old != new}
+    clashes = [name for name, count in Counter(names.values()).items() if count > 1]
     if clashes:
         yield Finding(
             "names of tensors",

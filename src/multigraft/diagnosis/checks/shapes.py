@@ -10,10 +10,9 @@ from torch import Tensor
 from multigraft.config import pattern_value
 from multigraft.diagnosis.checks.contract import check
 from multigraft.diagnosis.findings import Finding
-from multigraft.diagnosis.names import parsed
+from multigraft.diagnosis.names import HELD, parsed
 from multigraft.diagnosis.patient import Patient
 from multigraft.errors import close_to
-from multigraft.keys import full_key
 from multigraft.methods.lora import LoraConfig
 from multigraft.targeting import matches
 
@@ -30,14 +29,14 @@ def pairs(patient: Patient) -> Iterator[Finding]:
                 there, lacks = (a, b) if B is None else (b, a)
                 yield Finding(
                     "pairs",
-                    full_key(site),
+                    site,
                     f"has `{there}` and no `{lacks}`.",
                     "The file is incomplete: copy or save it again.",
                 )
             elif A is not None and B is not None and _rank(A, 0) != _rank(B, 1):
                 yield Finding(
                     "pairs",
-                    full_key(site),
+                    site,
                     f"`{a}` {tuple(A.shape)} and `{b}` {tuple(B.shape)} are of no one rank.",
                     "Tensors of two adapters were mixed: save it again.",
                 )
@@ -59,7 +58,7 @@ def ranks(patient: Patient) -> Iterator[Finding]:
         first = next(site for site, pair in wrong.items() if pair == (found, meant))
         yield Finding(
             "ranks",
-            full_key(first),
+            first,
             f"has rank {found} and the config means {meant}, at {count:,} sites.",
             f"If the tensors are right, set `r` (or `rank_pattern`) to {found}; `lora_alpha` "
             "decides the scaling together with it, so see that it belongs to them.",
@@ -71,21 +70,26 @@ def targets(patient: Patient) -> Iterator[Finding]:
     """Sites that the config does not mean, and names of the config without tensors."""
     config = patient.config
     wanted = getattr(config, "target_modules", None)
-    if patient.tensors is None or patient.is_foreign or not wanted or wanted == "all-linear":
+    if not wanted or wanted == "all-linear":
         return
     found = list(sites_of(patient))
-    stray = [site for site in found if not matches(wanted, site)] if _decides(config) else []
+    if not found or not patient.is_plain:
+        return
+    stray = [s for s in found if not matches(wanted, s) and ".base_layer." not in s]
+    stray = stray if _decides(config) else []
     if stray:
         yield Finding(
             "targets",
-            full_key(stray[0]),
-            f"and {len(stray):,} sites in all have tensors, and `target_modules` does not mean "
-            "them.",
+            stray[0],
+            f"has tensors, and `target_modules` does not mean it; there are {len(stray):,} such.",
             f"Add {', '.join(sorted({site.rpartition('.')[2] for site in stray})[:5])} to "
             "`target_modules`, if they are this adapter's.",
         )
     names = [wanted] if isinstance(wanted, str) else wanted
+    excluded = getattr(config, "exclude_modules", None) or []
     for name in names:
+        if matches(excluded, name):
+            continue
         if not any(matches(wanted if isinstance(wanted, str) else [name], s) for s in found):
             near = close_to(name, {site.rpartition(".")[2] for site in found})
             hint = f" Nearest: `{near[0]}`." if near else ""
@@ -128,32 +132,47 @@ def tensors_of_the_base(patient: Patient) -> Iterator[Finding]:
         yield Finding(
             "tensors of the base",
             names[0],
-            f"and {len(names):,} tensors in all belong to no adapter: the config saves no such "
-            "module.",
-            "Leave them out; or name their modules in `modules_to_save`, if they were trained.",
-            is_fixable=True,
+            f"belongs to no adapter, since the config saves no such module; there are "
+            f"{len(names):,} such.",
+            "Leave them out; or name their modules in `modules_to_save`, if they were trained or "
+            "resized.",
+            is_fixable=is_whole_model(patient, names),
         )
 
 
 def strangers(patient: Patient) -> list[str]:
     """Names in the file of whole tensors that the config does not save."""
     config = patient.config
-    if not isinstance(config, LoraConfig) or patient.is_foreign or config.bias != "none":
+    if not isinstance(config, LoraConfig) or not patient.is_plain or config.bias != "none":
         return []
     saved = config.modules_to_save or []
     embeddings = {site for site, t in sites_of(patient).items() if "lora_embedding_A" in t}
     names = []
     for name, found in patient.names.items():
         module, _, leaf = found.site.rpartition(".")
-        is_copy = leaf == "weight" and module.removesuffix(".base_layer") in embeddings
-        if not found.group and not is_copy and not _is_within(saved, module):
+        outer, _, held = module.rpartition(".")
+        is_copy = leaf == "weight" and held == "base_layer" and outer in embeddings
+        is_saved = _is_within(saved, module) and not set(HELD) & set(module.split("."))
+        if not found.group and not is_copy and not is_saved:
             names.append(name)
     return names
+
+
+def is_whole_model(patient: Patient, names: list[str]) -> bool:
+    """Whether these are a whole model's own tensors, with its adapted layers among them.
+
+    Single ones may have been trained: PEFT saves embeddings that were resized.
+    """
+    sites = sites_of(patient)
+    paths = (patient.names[name].site.partition(".base_layer.") for name in names)
+    return any(held and path in sites for path, held, _ in paths)
 
 
 def sites_of(patient: Patient) -> dict[str, dict[str, Tensor]]:
     """By base path: the adapter's own tensors, by what stands behind the path."""
     sites: dict[str, dict[str, Tensor]] = {}
+    if not patient.is_plain:
+        return sites
     for name, tensor in patient.standard.items():
         found = parsed(name)
         if found.group and found.group != "modules_to_save" and not found.site.startswith("base_"):

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from multigraft.diagnosis.checks.contract import check
 from multigraft.diagnosis.checks.shapes import PAIRS, sites_of
@@ -63,7 +64,7 @@ def dead(patient: Patient) -> Iterator[Finding]:
     for site, tensors in sites_of(patient).items():
         found = [tensors[key] for pair in PAIRS.items() for key in pair if key in tensors]
         if found:
-            is_zero[site] = any(not bool(t.any()) for t in found if t.numel())
+            is_zero[site] = any(_is_zero(t) for t in found)
     zeros = [site for site, zero in is_zero.items() if zero]
     if zeros and len(zeros) == len(is_zero):
         yield Finding(
@@ -82,6 +83,11 @@ def dead(patient: Patient) -> Iterator[Finding]:
             "See whether the forward runs this layer, and whether its tensors were trainable.",
             is_note=True,
         )
+
+
+def _is_zero(tensor: Tensor) -> bool:
+    wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+    return tensor.numel() > 0 and not bool(wide.any())
 
 
 def _short(dtype: torch.dtype) -> str:
