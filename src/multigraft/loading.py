@@ -15,6 +15,7 @@ from multigraft.config import CONFIG_NAME, PeftConfig
 from multigraft.containers import check_name
 from multigraft.errors import CheckpointError, MultigraftWarning, StateError
 from multigraft.keys import placed
+from multigraft.per_expert import PerExpert
 from multigraft.prepare import Prepared, own_copy, prepare
 from multigraft.state import drop_base_tensors, write
 from multigraft.survey import Spot, survey
@@ -77,7 +78,8 @@ def load_into(
     where = {k: v for k, v in options.items() if k in (*HUB_OPTIONS, "subfolder")}
     tensors = checkpoint.read(checkpoint.locate_weights(source, **where), allow_pickle=allow_pickle)
     tensors = checkpoint.rename(tensors, key_mapping)
-    name_what_was_saved(config, tensors, tuner.model)
+    per_expert = PerExpert(tuner.model, config, tensors)
+    name_what_was_saved(config, per_expert.rest, tuner.model)
     _warn_of_another_base(tuner, config)
     exists = adapter in tuner.roster.configs
     if exists:
@@ -86,6 +88,7 @@ def load_into(
     else:
         prepared = tuner.prepare(adapter, config, lenient=True)
     expected = prepared.expected()
+    tensors = per_expert.tensors(prepared.main_sites)
     tensors = drop_base_tensors(tensors, expected, tuner.model)
     report, good = checkpoint.compare(expected, tensors, prepared.optional())
     report.check(f"{source} for adapter `{adapter}`", strict, ignore_mismatched_sizes)

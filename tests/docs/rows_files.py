@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from multigraft import CheckpointError, ConfigError
+from tests.bases.nets import mixtral, seeded
 from tests.docs.comparison import (
     CONFIG,
     WEIGHTS,
@@ -25,6 +26,8 @@ from tests.docs.comparison import (
     row,
     saved,
 )
+from tests.test_per_expert import dense, logits, old_state
+from tests.test_per_expert import saved as old_experts
 
 
 def first(tensors):
@@ -152,6 +155,25 @@ def _(library, folder):
 def _(library, folder):
     graft(library, name="default").save_pretrained(folder)
     return min(json.loads((folder / CONFIG).read_text())["target_modules"])
+
+
+@row(
+    "a file of single experts that adapts `w1` and not `w3`",
+    peft=Raises(ValueError, "without also targeting"),
+    ours=True,
+)
+def _(library, folder):
+    state = {k: v for k, v in old_state("mixtral").items() if ".w3." not in k}
+    old_experts(folder, "mixtral", state, target_modules=["w1", "w2", "q_proj"])
+    return near(logits(load(library, folder, seeded(mixtral))), logits(dense("mixtral", state)))
+
+
+@row("a file of single experts with `use_rslora`", peft=False, ours=True)
+def _(library, folder):
+    state = old_state("mixtral")
+    old_experts(folder, "mixtral", state, use_rslora=True)
+    truth = logits(dense("mixtral", state, 6 / 2**0.5))
+    return near(logits(load(library, folder, seeded(mixtral))), truth)
 
 
 def swap_module(library):
