@@ -12,6 +12,7 @@ it is needed and read at once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,20 +49,21 @@ def reweighted_linear(
     B: Tensor,
     scale: float,
     m: Tensor,
-    n: Tensor,
+    norm: Callable[[], Tensor],
 ) -> Tensor:
     """``(m / n) ∘ (x Wᵀ + scale · (x Aᵀ) Bᵀ) + b`` for a ``W`` and ``b`` without gradients.
 
     Args:
         m: the magnitude, which gets gradients.
-        n: the norm that it takes the place of, which gets none.
+        norm: gives n, which gets none. It is asked once x W is computed: where it reads W too, W
+            is in the processor's cache then.
     """
     if A.dtype != x.dtype:
         A, B = A.to(x.dtype), B.to(x.dtype)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         u, _ = _product(x, W, A, B, scale)
-        return _scaled(u, m / n, bias).view(*x.shape[:-1], W.shape[0])
-    y: Tensor = _ReweightedLinear.apply(x, W, bias, A, B, scale, m, n)[0]
+        return _scaled(u, m / norm(), bias).view(*x.shape[:-1], W.shape[0])
+    y: Tensor = _ReweightedLinear.apply(x, W, bias, A, B, scale, m, norm)[0]
     return y
 
 
@@ -92,22 +94,23 @@ class _ReweightedLinear(Node):
         B: Tensor,
         scale: float,
         m: Tensor,
-        n: Tensor,
+        norm: Callable[[], Tensor],
     ) -> tuple[Tensor, ...]:
         u, s = _product(x, W, A, B, scale)
+        n = norm()
         g = m / n
-        return _scaled(u, g, bias).view(*x.shape[:-1], W.shape[0]), u, s, g
+        return _scaled(u, g, bias).view(*x.shape[:-1], W.shape[0]), u, s, g, n
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, W, _, A, B, ctx.scale, _, n = inputs
+        x, W, _, A, B, ctx.scale, *_ = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # of u: zeros as wide as y
-        ctx.save_for_backward(x, W, A, B, n, *output[1:])
+        ctx.save_for_backward(x, W, A, B, *output[1:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        x, W, A, B, n, u, s, g = ctx.saved_tensors
+        x, W, A, B, u, s, g, n = ctx.saved_tensors
         dy = grads[0].reshape(u.shape)
         needs_x, _, _, needs_A, needs_B, _, needs_m, _ = ctx.needs_input_grad
         dx = dA = dB = dm = wide = None

@@ -94,7 +94,8 @@ class Memo:
         trained: Sequence[Tensor],
         tensors: Sequence[Tensor | None],
     ) -> None:
-        marks = [None if t is None else _mark(t) for t in tensors]
+        known = self._marks if len(self._marks) == len(tensors) else [None] * len(tensors)
+        marks = [None if t is None else _mark(t, m) for t, m in zip(tensors, known, strict=True)]
         if any(mark is None for mark in marks):
             self._value = None
             return
@@ -111,15 +112,22 @@ class Memo:
         return all(map(torch.equal, trained, self._values))
 
 
-def _mark(tensor: Tensor) -> Mark | None:
-    """How to know the tensor's state again; None where that cannot be known."""
+def _mark(tensor: Tensor, known: Mark | None = None) -> Mark | None:
+    """How to know the tensor's state again; None where that cannot be known.
+
+    Args:
+        known: an earlier mark, perhaps of the same storage.
+    """
     if tensor.is_inference():
         return None  # whose changes are not counted
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
         marks = tuple(_mark(getattr(tensor, name)) for name in names)
         return None if None in marks else Mark(marks, (type(tensor),))
-    return Mark(StorageWeakRef(tensor.untyped_storage()), _rest(tensor))
+    storage, held = tensor.untyped_storage(), None if known is None else known.storage
+    if isinstance(held, StorageWeakRef) and held.cdata == storage._cdata:
+        return Mark(held, _rest(tensor))
+    return Mark(StorageWeakRef(storage), _rest(tensor))
 
 
 def _is_same(tensor: Tensor, mark: Mark) -> bool:

@@ -82,8 +82,12 @@ class DoRA(Variant):
         if lora.dropout and training:
             return None  # the base's own part of the output sees what is not dropped
         A, B = _factors(lora, params)
-        m, n = params[MAGNITUDE].flatten(), _norm(lora, params)[0]
-        return kernels.reweighted_linear(x, W, bias, A, B, lora.scaling, m, n)
+        m = params[MAGNITUDE].flatten()
+
+        def norm() -> Tensor:
+            return _norm(lora, params)[0]
+
+        return kernels.reweighted_linear(x, W, bias, A, B, lora.scaling, m, norm)
 
     def add(
         self,
@@ -158,12 +162,15 @@ def _adapted_norm(lora: Method, params: Params, W: Tensor, own: Tensor) -> Tenso
     A, B = geometry.pairs(layer, *_factors(lora, params))
     dtype = torch.promote_types(torch.promote_types(A.dtype, W.dtype), torch.float32)
     A, B, s = A.to(dtype), B.to(dtype), lora.scaling
-    # rowsum((2 s W Aᵀ + s² B A Aᵀ) ∘ B)
-    cross = torch.stack(
-        [_product(M, a) for M, a in zip(geometry.as_matrices(layer, W), A, strict=True)]
-    )
-    more = torch.baddbmm(cross.mT, B, A @ A.mT, beta=2 * s, alpha=s * s).mul_(B).sum(2)
-    return more.add_(own).clamp_min_(0).sqrt_()
+    stack = geometry.as_matrices(layer, W)
+    found = [_row_norms(M, a, b, w, s) for M, a, b, w in zip(stack, A, B, own, strict=True)]
+    return found[0][None] if len(found) == 1 else torch.stack(found)
+
+
+def _row_norms(M: Tensor, A: Tensor, B: Tensor, own: Tensor, s: float) -> Tensor:
+    """‖M + s B A‖ of each row, ``(out,)``: own + colsum((2 s A Mᵀ + s² A Aᵀ Bᵀ) ∘ Bᵀ), rooted."""
+    change = torch.addmm(_product(M, A), A @ A.T, B.T, beta=2 * s, alpha=s * s).mul_(B.T)
+    return change.sum(0).add_(own).clamp_min_(0).sqrt_()
 
 
 def _product(M: Tensor, a: Tensor) -> Tensor:
