@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -91,8 +93,12 @@ def base_bits(model: PeftModel) -> dict[str, bytes]:
     return {n: bits_of(t) for n, t in layer.state_dict().items() if isinstance(t, Tensor)}
 
 
+@functools.lru_cache(None)
 def mergeable(pair: Pair) -> bool:
-    return METHODS[pair.method].mergeable and STORAGES[pair.storage].merges
+    """Whether the method's instance at this site has a merged form, and the storage takes it."""
+    if not (METHODS[pair.method].mergeable and STORAGES[pair.storage].merges):
+        return False
+    return grafts(attach(pair), pair)[0].method.mergeable
 
 
 def replaces(pair: Pair) -> bool:

@@ -101,7 +101,7 @@ def a_filled_adapter_changes_the_output_and_disabling_gives_the_bases(pair: Pair
 @law(is_plain)
 def what_it_adds_is_the_layer_run_with_its_delta(pair: Pair) -> None:
     subject, x = exact(pair, pair.subject()), batch(pair)
-    layer, base = subject.target, subject(x)
+    layer, base, x = subject.target, subject(x), subject.seen(x)
     model = attach(pair, subject=subject)
     for graft in grafts(model, pair):
         method, params = graft.method, graft.params

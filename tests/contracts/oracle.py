@@ -26,7 +26,7 @@ from tests.contracts.at_work import (
     mergeable,
     tolerance,
 )
-from tests.contracts.pairs import STORAGES, TARGET, Pair, Subject
+from tests.contracts.pairs import INVOKED, STORAGES, TARGET, Pair, Subject
 from tests.oracle import quiet
 
 FLAGS = {"bnb-nf4": "4bit", "bnb-fp4": "4bit", "bnb-int8": "8bit"}
@@ -46,7 +46,17 @@ def peft_model(pair: Pair) -> Any:
     """PEFT's model of this pair with its adapter `a`, as initialised by PEFT."""
     subject = flagged(pair)
     config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(pair.peft_type)](**pair.kwargs())
-    return peft.get_peft_model(subject, config, "a", autocast_adapter_dtype=not is_plain(pair))
+    autocast = not is_plain(pair)
+    return told(pair, peft.get_peft_model(subject, config, "a", autocast_adapter_dtype=autocast))
+
+
+def told(pair: Pair, model: Any) -> Any:
+    """PEFT's model, told where each row is invoked: it looks for that in language models alone."""
+    if pair.invocation:
+        length = pair.input().shape[1]
+        offsets = [None if start is None else length - start for start in INVOKED]
+        model.forward = functools.partial(model.forward, alora_offsets=offsets)
+    return model
 
 
 @dataclass(frozen=True)
@@ -192,6 +202,7 @@ def files_of_either_load_in_the_other(pair: Pair) -> None:
         ours.save_pretrained(f"{folder}/ours")
         theirs.save_pretrained(f"{folder}/theirs")
         read = peft.PeftModel.from_pretrained(flagged(pair), f"{folder}/ours/a", "a", **options)
+        read = told(pair, read)
         mine = PeftModel.from_pretrained(flagged(pair), f"{folder}/theirs/a", "a", **options)
     settle(pair, theirs, read)
     assert_near(read(x), theirs(x), tolerance(pair))

@@ -27,6 +27,9 @@ from tests.storage.cases import CASES as STORAGES
 SIZE = 64
 ROWS = 4
 TARGET = "target"
+VOCABULARY = 20
+INVOKED = (0, 3, None, 4)
+"""Where each row of tokens holds an invocation."""
 
 STARTS = [
     {"init_lora_weights": "loftq", "r": 4},
@@ -41,11 +44,19 @@ VARIANTS: list[dict[str, Any]] = [
     {"use_bdlora": {"target_modules_bd_a": [TARGET], "nblocks": 4}},
     {"use_bdlora": {"target_modules_bd_b": [TARGET], "nblocks": 2}},
     {"use_qalora": True, "qalora_group_size": 4},
+    {"alora_invocation_tokens": [1, 2]},
 ]
 """Variants of LoRA that need nothing but the layer."""
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {
-    "LORA": [{}, {"use_rslora": True, "r": 4}, {"lora_bias": True}, {"use_dora": True}, *VARIANTS, *STARTS],
+    "LORA": [
+        {},
+        {"use_rslora": True, "r": 4},
+        {"lora_bias": True},
+        {"use_dora": True},
+        *VARIANTS,
+        *STARTS,
+    ],
     "BIAS": [{"bias": "lora_only"}],
     "SAVED_MODULE": [{"modules_to_save": [TARGET], "target_modules": ["other"]}],
     "IA3": [{"feedforward_modules": []}, {"feedforward_modules": [TARGET]}],
@@ -123,17 +134,26 @@ ONLY_DENSE = ("float32", "bfloat16")
 
 
 class Subject(nn.Module):
-    """The pair's layer as `target`, and `other`, which the forward passes by."""
+    """The pair's layer as `target`, and `other`, which the forward passes by.
 
-    def __init__(self, layer: nn.Module) -> None:
+    Args:
+        words: what stands for tokens, ``(tokens, SIZE)``, when the model is given those.
+    """
+
+    def __init__(self, layer: nn.Module, words: Tensor | None = None) -> None:
         super().__init__()
         self.target = layer
         self.other = nn.Linear(4, 4)
         self.inputs = 3 if isinstance(layer, nn.MultiheadAttention) else 1
+        self.register_buffer("words", words)
+
+    def seen(self, x: Tensor) -> Tensor:
+        """What the layer sees of the model's input."""
+        return x if self.words is None else self.words[x]
 
     def forward(self, x: Tensor) -> Tensor:
         """Whatever the layer takes to what it gives; an attention attends to its own input."""
-        y = self.target(*(x,) * self.inputs)
+        y = self.target(*(self.seen(x),) * self.inputs)
         return y[0] if isinstance(y, tuple) else y
 
 
@@ -156,6 +176,11 @@ class Pair:
         return OWN_CONFIG.get(self.method, self.method)
 
     @property
+    def invocation(self) -> list[int]:
+        """Tokens that the adapter waits for; the model is given tokens then."""
+        return list(self.options.get("alora_invocation_tokens", ()))
+
+    @property
     def dtype(self) -> torch.dtype:
         """What inputs take."""
         return STORAGES[self.storage].dtype
@@ -173,11 +198,18 @@ class Pair:
         if isinstance(bias, Tensor):
             nn.init.normal_(bias, std=0.3)
         stored = STORAGES[self.storage].build(layer)  # type: ignore[arg-type]
-        return Subject(stored).requires_grad_(False).eval()
+        words = torch.randn(VOCABULARY, SIZE).to(self.dtype) if self.invocation else None
+        return Subject(stored, words).requires_grad_(False).eval()
 
     def input(self, seed: int = 1) -> Tensor:
         """A batch of `ROWS`."""
         torch.manual_seed(seed)
+        if self.invocation:
+            ids = torch.randint(max(self.invocation) + 1, VOCABULARY, (ROWS, 6))
+            for row, start in enumerate(INVOKED):
+                if start is not None:
+                    ids[row, start : start + len(self.invocation)] = torch.tensor(self.invocation)
+            return ids
         x = GEOMETRY_CASES[self.geometry].input()
         return x.to(self.dtype) if x.is_floating_point() else x
 
