@@ -21,6 +21,7 @@ from multigraft.config import PeftConfig
 from multigraft.effective import effective
 from multigraft.errors import MultigraftError
 from multigraft.graft import Graft
+from multigraft.initialisations import START_A, START_B
 from multigraft.inspection.files import AdapterFiles
 from multigraft.methods import METHODS
 from multigraft.site import Site
@@ -80,8 +81,10 @@ def changes_in_files(files: AdapterFiles, left: Left) -> Iterator[Change]:
         for a_name, b_name in _PAIRS:
             path = key.removesuffix(f".{a_name}")
             if path != key and f"{path}.{b_name}" in files.tensors:
-                seen |= {key, f"{path}.{b_name}"}
-                tensors = {n: files.tensors[f"{path}.{n}"] for n in (a_name, b_name)}
+                names = (a_name, b_name, START_A, START_B)  # and, in some files, where they began
+                keys = {n: f"{path}.{n}" for n in names if f"{path}.{n}" in files.tensors}
+                seen |= {*keys.values()}
+                tensors = {name: files.tensors[own] for name, own in keys.items()}
                 try:
                     yield _pair(path, config, tensors)
                 except MultigraftError as error:
@@ -143,7 +146,8 @@ def _changes_weight(graft: Graft) -> bool:
 
 def _pair(path: str, config: PeftConfig, tensors: Mapping[str, Tensor]) -> Change:
     """The change of one pair, by the method's own reading of the config at a layer of its shape."""
-    A, B = (tensor.float() for tensor in tensors.values())
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    A, B = list(tensors.values())[:2]
     is_lookup = "lora_embedding_A" in tensors
     layer = _layer_of(A, B, is_lookup)
     config = config.copy()
@@ -156,7 +160,9 @@ def _pair(path: str, config: PeftConfig, tensors: Mapping[str, Tensor]) -> Chang
             f"its factor A is {tuple(A.shape)}, which is not of rank {method.rank}; fused experts "
             "and other layers of many matrices need the base"
         )
-    pair = method.low_rank({method.A: A, method.B: B})
+    if not tensors.keys() >= {*method.starts().values()}:
+        raise MultigraftError("it takes a part out of the base's weight, which the file lacks")
+    pair = method.low_rank(tensors)
     if pair is None:
         raise MultigraftError("its change depends on the base's weight")
     return Change(path, method.rank, _scaled(site.geometry, layer, *pair))
