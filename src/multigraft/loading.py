@@ -114,7 +114,9 @@ def _overwrite(
     current = {key: tuple(tensor.shape) for key, tensor in held.items()}
     context = roster.context_of(adapter)
     is_other = type(context) is not (prepared.context or type(None))
-    if is_other or (context and not context.is_flat) or current != prepared.expected():
+    is_derived = not prepared.optional() <= values.keys()  # and so from the new config
+    is_other = is_other or is_derived or current != prepared.expected()
+    if is_other or (context and not context.is_flat):
         flags = {p.requires_grad for p in roster.parameters(adapter)}
         scions = prepared.grow(values, autocast, on_meta=False)
         fresh_context = prepared.grow_context(values, autocast, on_meta=False)
