@@ -26,9 +26,15 @@ def fused(grafts: Sequence[Graft], x: Tensor, training: bool) -> Tensor | None:
     """
     part = part_of(grafts, x, training)
     if part is None:
-        return None
+        return _own(grafts[0], x, training) if len(grafts) == 1 else None
     p = rate(grafts, training) if training else 0.0
     return kernels.adapted_linears(x, [part], dropped(x, p) if p else None)[0]
+
+
+def _own(graft: Graft, x: Tensor, training: bool) -> Tensor | None:
+    """What a method runs as one node with its layer that is no pair."""
+    frozen = frozen_of(graft.site, x)
+    return frozen and graft.method.with_base(graft.params, x, *frozen, training)
 
 
 def part_of(grafts: Sequence[Graft], x: Tensor, training: bool) -> Part | None:

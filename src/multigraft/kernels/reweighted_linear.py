@@ -33,11 +33,11 @@ def reweighted_linear_reference(
     B: Tensor,
     scale: float,
     m: Tensor,
-    n: Tensor,
+    norm: Callable[[], Tensor],
 ) -> Tensor:
     """The specification, in plain operators."""
     u = F.linear(x, W) + F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)) * scale
-    y = u * (m / n.detach())
+    y = u * (m / norm().detach())
     return (y if bias is None else y + bias).to(x.dtype)
 
 
@@ -62,9 +62,11 @@ def reweighted_linear(
         A, B = A.to(x.dtype), B.to(x.dtype)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         u, _ = _product(x, W, A, B, scale)
-        return _scaled(u, m / norm(), bias).view(*x.shape[:-1], W.shape[0])
-    y: Tensor = _ReweightedLinear.apply(x, W, bias, A, B, scale, m, norm)[0]
-    return y
+        y = _scaled(u, m / norm(), bias)
+    else:
+        y = _ReweightedLinear.apply(x, W, bias, A, B, scale, m, norm)[0]
+    # Viewed out here: what a node gives as a view, nobody may write to.
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], W.shape[0])
 
 
 def _product(x: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -99,31 +101,37 @@ class _ReweightedLinear(Node):
         u, s = _product(x, W, A, B, scale)
         n = norm()
         g = m / n
-        return _scaled(u, g, bias).view(*x.shape[:-1], W.shape[0]), u, s, g, n
+        return _scaled(u, g, bias), u, s, g, n
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, W, _, A, B, ctx.scale, *_ = inputs
+        x, W, _, A, B, ctx.scale, m, _ = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # of u: zeros as wide as y
-        ctx.save_for_backward(x, W, A, B, *output[1:])
+        ctx.save_for_backward(x, W, A, B, m, *output[1:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        x, W, A, B, u, s, g, n = ctx.saved_tensors
-        dy = grads[0].reshape(u.shape)
+        x, W, A, B, m, u, s, g, n = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # To autograd, what was kept is no function of the inputs, as second gradients need it.
+            (u, s), g = _product(x, W, A, B, ctx.scale), m / n
+        dy = grads[0]
         needs_x, _, _, needs_A, needs_B, _, needs_m, _ = ctx.needs_input_grad
         dx = dA = dB = dm = wide = None
         if needs_m:
             wide = dy * u
             dm = wide.sum(0, dtype=g.dtype) / n
-        du = (dy * g).to(dy.dtype) if wide is None else torch.mul(dy, g, out=wide)
+        if wide is None or torch.is_grad_enabled():
+            du = (dy * g).to(dy.dtype)
+        else:
+            du = torch.mul(dy, g, out=wide)
         # Narrow products with the narrow side first: several times faster on a CPU.
-        ds = torch.mm(B.T, du.T).mul_(ctx.scale)
+        ds = torch.mm(B.T, du.T) * ctx.scale
         if needs_x:
             dx = torch.mm(ds.T, A).addmm_(du, W).view(x.shape)
         if needs_A:
             dA = torch.mm(ds, x.reshape(-1, x.shape[-1]))
         if needs_B:
-            dB = torch.mm(s.T, du).mul_(ctx.scale).T
+            dB = (torch.mm(s.T, du) * ctx.scale).T
         return dx, None, None, dA, dB, None, dm, None

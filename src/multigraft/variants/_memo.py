@@ -121,7 +121,7 @@ def _mark(tensor: Tensor, known: Mark | None = None) -> Mark | None:
     if tensor.is_inference():
         return None  # whose changes are not counted
     if is_traceable_wrapper_subclass(tensor):
-        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        names, _ = tensor.__tensor_flatten__()
         marks = tuple(_mark(getattr(tensor, name)) for name in names)
         return None if None in marks else Mark(marks, (type(tensor),))
     storage, held = tensor.untyped_storage(), None if known is None else known.storage
@@ -134,7 +134,7 @@ def _is_same(tensor: Tensor, mark: Mark) -> bool:
     if isinstance(mark.storage, tuple):
         if type(tensor) is not mark.rest[0]:
             return False
-        names, _ = tensor.__tensor_flatten__()
+        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
         parts = [getattr(tensor, name) for name in names]
         return len(parts) == len(mark.storage) and all(map(_is_same, parts, mark.storage))
     is_plain = not tensor.is_inference() and not is_traceable_wrapper_subclass(tensor)

@@ -64,7 +64,8 @@ class LoftQ(Variant):
     ) -> Tensor | None:
         layer = lora.site.layer
         Q = lora.geometry.as_matrix(layer, _quantised(lora, params)).to(W.dtype)
-        seen = F.dropout(x, lora.dropout) if lora.dropout and training else None
+        is_dropped = lora.dropout and training
+        seen = kernels.Dropped(F.dropout(x, lora.dropout)) if is_dropped else None
         A, B = self.pair(lora, params)
         return kernels.adapted_linear(x, Q, bias, A, B, lora.scaling, seen)
 
