@@ -106,7 +106,6 @@ def test_other_starts_are_those_of_lora() -> None:
 
 
 def test_a_bias_of_b_stays_in_a_merge() -> None:
-    """PEFT adds it in the forward, and leaves it out of the merged model."""
     torch.manual_seed(0)
     net, x = Net(), torch.randn(3, 8)
     model = multigraft.get_peft_model(
