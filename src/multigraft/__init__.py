@@ -34,6 +34,7 @@ from multigraft.initialisations.eva import EvaConfig
 from multigraft.initialisations.loftq import LoftQConfig
 from multigraft.initialisations.lora_ga import LoraGAConfig
 from multigraft.inspection import diff, inspect, targets, verify
+from multigraft.kappa import find_kappa_target_modules
 from multigraft.kbit import prepare_model_for_kbit_training
 from multigraft.layer import AdaptedLayer
 from multigraft.methods.adalora import AdaLoraConfig
@@ -132,6 +133,7 @@ __all__ = [
     "diff",
     "doctor",
     "extract_lora",
+    "find_kappa_target_modules",
     "get_eva_state_dict",
     "get_layer_status",
     "get_model_status",

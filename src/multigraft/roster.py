@@ -58,6 +58,8 @@ class Roster:
         """What changes adapters in training besides the optimiser, since its first step."""
         self.hidden: list[Any] = []
         """Merged values that are out of the base while adapters are disabled."""
+        self.penalises = True
+        """Whether the losses that forwards give hold what methods add to them."""
         self.losses: dict[str, Loss] = {}
         """What quantising merged weights again lost, by the tensor's path."""
         self.replication: Replication | None = None

@@ -34,7 +34,7 @@ def penalties(roster: Roster) -> Iterator[Tensor]:
 
 def penalised(roster: Roster, outputs: Any) -> Any:
     """The model's outputs, with the `penalties` in their loss, if they have one."""
-    if isinstance(getattr(outputs, "loss", None), Tensor):
+    if roster.penalises and isinstance(getattr(outputs, "loss", None), Tensor):
         for term in penalties(roster):
             outputs.loss = outputs.loss + term.to(outputs.loss.device)
     return outputs

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,12 @@ from multigraft.combine.ranks import Rank, check_rank
 from multigraft.combine.sites import rank_each
 from multigraft.combine.svd import Cut
 from multigraft.effective import changes_bias, in_dtype, mapped
-from multigraft.errors import ConfigError, MissingExtraError, MultigraftWarning, UnsupportedError
+from multigraft.errors import ConfigError, MultigraftWarning, UnsupportedError
 from multigraft.graft import Graft
 from multigraft.keys import full_key
 from multigraft.merge import check_values
 from multigraft.methods.lora import LoraConfig
+from multigraft.progress import shown
 from multigraft.roster import Roster
 from multigraft.site import Site
 from multigraft.state import roster_of_model
@@ -112,7 +113,7 @@ def _converted(
         )
     cuts: dict[Site, Cut] = {}
     biases: dict[Site, Tensor] = {}
-    for graft in _shown(main, progressbar):
+    for graft in shown(main, "Converting to LoRA", progressbar):
         cuts[graft.site] = _cut(graft, rank, decompose)
         bias = _bias_change(graft)
         if bias is not None:
@@ -183,16 +184,3 @@ def _wide(graft: Graft) -> torch.dtype:
     for each in dtypes:
         dtype = torch.promote_types(dtype, each)
     return dtype
-
-
-def _shown(grafts: list[Graft], progressbar: bool) -> Iterable[Graft]:
-    if not progressbar:
-        return grafts
-    try:
-        from tqdm.auto import tqdm  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise MissingExtraError(
-            f"{WHERE}: `progressbar` needs tqdm: pip install tqdm, or leave it False."
-        ) from error
-    shown: Iterable[Graft] = tqdm(grafts, desc="Converting to LoRA")
-    return shown
