@@ -7,16 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from multigraft import PeftConfig, get_peft_model
+from multigraft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from multigraft.diagnosis import Diagnosis, Finding
 from tests.weaknesses import nets
 
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 Tensors = dict[str, Tensor]
+CONFIG = LoraConfig(r=2, target_modules=["up", "conv", "embed"], modules_to_save=["head"])
+UP_A, UP_B = (f"{PREFIX}blocks.0.up.lora_{x}.weight" for x in "AB")
 
 
 def write(folder: Path, config: PeftConfig) -> Path:
@@ -25,6 +28,22 @@ def write(folder: Path, config: PeftConfig) -> Path:
     nets.train_by_hand(model, "default", seed=3)
     model.save_pretrained(folder)
     return folder
+
+
+def output(folder: Path) -> Tensor:
+    """What `nets.net` makes of some tokens with the adapter in this folder."""
+    with torch.no_grad():
+        return PeftModel.from_pretrained(nets.net(), folder)(nets.ids())
+
+
+def into_memory(key: str) -> str:
+    """A name of the file as it is in memory."""
+    return key.replace(".weight", ".default.weight") if ".lora_" in key else key
+
+
+def without_prefix(key: str) -> str:
+    """A name relative to the base model."""
+    return key.removeprefix(PREFIX)
 
 
 def tensors(folder: Path) -> Tensors:

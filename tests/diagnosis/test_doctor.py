@@ -17,31 +17,23 @@ from multigraft.config import CONFIGS
 from tests.diagnosis.files import (
     PREFIX,
     SETTINGS,
+    UP_A,
+    UP_B,
     WEIGHTS,
     Tensors,
+    into_memory,
     only,
+    output,
     rename,
     resettle,
     rewrite,
     settings,
     tensors,
     the,
+    without_prefix,
     write,
 )
 from tests.weaknesses import nets
-
-CONFIG = LoraConfig(r=2, target_modules=["up", "conv", "embed"], modules_to_save=["head"])
-UP_A, UP_B = (f"{PREFIX}blocks.0.up.lora_{x}.weight" for x in "AB")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return write(tmp_path / "adapter", CONFIG)
-
-
-def output(folder: Path) -> torch.Tensor:
-    with torch.no_grad():
-        return PeftModel.from_pretrained(nets.net(), folder)(nets.ids())
 
 
 def test_nothing_is_found_in_good_files(folder: Path) -> None:
@@ -295,139 +287,12 @@ def test_several_dtypes_side_by_side_are_a_note(folder: Path) -> None:
     assert "1 of float16" in the(found, "dtypes").problem
 
 
-# Against a base.
-
-
-def test_a_base_on_the_meta_device_will_do(folder: Path) -> None:
-    with torch.device("meta"):
-        base = nets.Net()
-    assert doctor(folder, base).is_healthy
-
-
-def test_missing_extra_and_misshapen_tensors_are_found_against_a_base(folder: Path) -> None:
-    def change(held: Tensors) -> None:
-        del held[f"{PREFIX}head.bias"]
-        held[f"{PREFIX}blocks.7.up.lora_A.weight"] = torch.ones(2, 8)
-        held[f"{PREFIX}blocks.7.up.lora_B.weight"] = torch.ones(12, 2)
-        held[UP_A] = torch.ones(2, 9)
-
-    rewrite(folder, change)
-    assert doctor(folder).is_healthy
-    found = {each.path: each.problem for each in doctor(folder, nets.net()).findings}
-    assert found == {
-        f"{PREFIX}head.bias": "is meant by the config and missing from the file.",
-        f"{PREFIX}blocks.7.up.lora_A.weight": "is in the file, and no part of this adapter on Net.",
-        f"{PREFIX}blocks.7.up.lora_B.weight": "is in the file, and no part of this adapter on Net.",
-        UP_A: "has the shape (2, 9), and the base needs (2, 8).",
-    }
-
-
-def test_a_config_that_means_nothing_on_the_base_is_found(folder: Path) -> None:
-    finding = only(doctor(folder, torch.nn.Linear(2, 2)), "base model")
-    assert "means nothing on Linear" in finding.problem
-
-
-def test_an_extended_vocabulary_is_found_with_the_remedy(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
-    small = transformers.LlamaConfig(vocab_size=16, **sizes, **heads)
-    large = transformers.LlamaConfig(vocab_size=18, **sizes, **heads)
-    from multigraft import get_peft_model
-
-    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
-    model = get_peft_model(transformers.LlamaForCausalLM(large), config)
-    model.save_pretrained(tmp_path)
-    finding = only(doctor(tmp_path, transformers.LlamaForCausalLM(small)), "base model")
-    assert finding.problem == "has the shape (18, 8), and the base needs (16, 8)."
-    assert "base.resize_token_embeddings(18)" in finding.remedy
-
-
-# Names.
-
-
-def into_memory(key: str) -> str:
-    return key.replace(".weight", ".default.weight") if ".lora_" in key else key
-
-
-RENAMES: dict[str, Callable[[str], str]] = {
-    "as in memory": into_memory,
-    "without prefix": lambda key: key.removeprefix(PREFIX),
-    "with the prefix twice": lambda key: f"{PREFIX}{key}",
-    "data-parallel": lambda key: f"module.{key}",
-    "compiled": lambda key: key.replace(PREFIX, f"{PREFIX}_orig_mod."),
-    "sharded": lambda key: key.replace(".up", "._fsdp_wrapped_module.up"),
-    "without modules": lambda key: key.removesuffix(".weight") if ".up.lora" in key else key,
-    "trained copies": lambda key: key.replace("head.", "head.modules_to_save.default."),
-}
-
-
-@pytest.mark.parametrize("which", RENAMES)
-def test_names_of_other_layouts_are_found_and_mended(which: str, folder: Path) -> None:
-    wanted, before = output(folder), tensors(folder)
-    rename(folder, RENAMES[which])
-    finding = only(doctor(folder, nets.net()), "names of tensors")
-    assert finding.is_fixable
-    found = doctor(folder, nets.net(), fix=True)
-    assert found.is_healthy, str(found)
-    assert tensors(folder).keys() == before.keys()
-    assert torch.equal(output(folder), wanted)
-
-
-def test_dora_of_older_peft_is_mended(tmp_path: Path) -> None:
-    folder = write(tmp_path, LoraConfig(r=2, use_dora=True, target_modules=["up"]))
-    wanted = output(folder)
-    rename(folder, lambda key: key + ".weight" if key.endswith("magnitude_vector") else key)
-    assert doctor(folder, fix=True).is_healthy
-    assert torch.equal(output(folder), wanted)
-
-
-def test_a_resized_embedding_is_found_and_not_thrown_away(folder: Path) -> None:
-    resettle(folder, target_modules=["up", "conv"])
-    extra = {f"{PREFIX}embed.weight": torch.ones(20, 8)}
-    rewrite(folder, lambda held: {k: t for k, t in held.items() if "embed" not in k} | extra)
-    found = doctor(folder, fix=True)
-    assert "trained or resized" in only(found, "tensors of the base").remedy
-    assert not found.done
-
-
-def test_two_tensors_of_one_meaning_are_found_and_left(folder: Path) -> None:
-    rewrite(folder, lambda held: held | {into_memory(UP_A): held[UP_A].clone()})
-    finding = only(doctor(folder, fix=True), "names of tensors")
-    assert finding.path == UP_A
-    assert not finding.is_fixable
-
-
-FOREIGN = {
-    "lora_unet_down_blocks_0_attentions_0_to_q.lora_down.weight": "kohya",
-    "lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha": "kohya",
-    "lycoris_unet_mid_block.hada_w1_a": "kohya",
-    "unet.down_blocks.0.attn1.to_q.lora_A.weight": "diffusers, for several models",
-    "text_encoder.layers.0.q_proj.lora.down.weight": "diffusers, for several models",
-    "down_blocks.0.attn1.processor.to_q_lora.down.weight": "diffusers before PEFT",
-    "encoder.layer.0.attention.self.query.loras.task.lora_A": "AdapterHub",
-    "model.layers.0.self_attn.q_proj.lora_a": "MLX",
-    "layers.0.attn.q_proj.lora_a.weight": "torchtune",
-    "model.decoder.0.adapter_layer.lora_kqv_adapter.linear_in.weight": "NeMo",
-}
-
-
-@pytest.mark.parametrize("name", FOREIGN)
-def test_names_of_other_tools_are_recognised_with_the_remedy(name: str, tmp_path: Path) -> None:
-    save_file({name: torch.ones(2, 2)}, tmp_path / "lora.safetensors")
-    found = doctor(tmp_path / "lora.safetensors", fix=True)
-    finding = the(found, "another tool")
-    assert FOREIGN[name] in finding.problem
-    assert finding.remedy
-    assert not found.done
-
-
 # Mending.
 
 
 def test_old_files_are_kept_beside_the_new_ones_and_never_overwritten(folder: Path) -> None:
     for number in ("", "1"):
-        rename(folder, RENAMES["without prefix"])
+        rename(folder, without_prefix)
         before = (folder / WEIGHTS).read_bytes()
         found = doctor(folder, fix=True)
         assert (folder / f"{WEIGHTS}.bak{number}").read_bytes() == before
@@ -436,7 +301,7 @@ def test_old_files_are_kept_beside_the_new_ones_and_never_overwritten(folder: Pa
 
 def test_new_files_may_go_elsewhere_and_leave_the_old_ones(folder: Path, tmp_path: Path) -> None:
     wanted = output(folder)
-    rename(folder, RENAMES["without prefix"])
+    rename(folder, without_prefix)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     found = doctor(folder, fix=True, output=tmp_path / "new")
     assert found.is_healthy
@@ -446,7 +311,7 @@ def test_new_files_may_go_elsewhere_and_leave_the_old_ones(folder: Path, tmp_pat
 
 
 def test_files_of_a_cache_are_not_written_in_place(folder: Path, tmp_path: Path) -> None:
-    rename(folder, RENAMES["without prefix"])
+    rename(folder, without_prefix)
     snapshot = tmp_path / "models--a" / "snapshots" / "1"
     snapshot.mkdir(parents=True)
     os.replace(folder, tmp_path / "models--a" / "blobs")
@@ -460,7 +325,7 @@ def test_files_of_a_cache_are_not_written_in_place(folder: Path, tmp_path: Path)
 def test_a_disk_that_refuses_leaves_the_files(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rename(folder, RENAMES["without prefix"])
+    rename(folder, without_prefix)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
     def full(*_: object) -> None:
