@@ -53,11 +53,12 @@ def changes_bias(graft: Graft) -> bool:
     return True
 
 
-def effective(name: str, grafts: Sequence[Graft], value: Tensor) -> Tensor:
+def effective(name: str, grafts: Sequence[Graft], value: Tensor, training: bool = False) -> Tensor:
     """The tensor ``name`` with these grafts in it; gradients flow to them, and to ``value``.
 
     Args:
         value: what the base holds there now, what is merged included; dense, in its own layout.
+        training: with dropout.
 
     Returns:
         A tensor of ``value``'s shape and dtype.
@@ -75,7 +76,7 @@ def effective(name: str, grafts: Sequence[Graft], value: Tensor) -> Tensor:
         value = mapped(grafts, name, value)
         for graft in grafts:
             if graft.method.kind == "additive":
-                value = _added(graft, name, value)
+                value = _added(graft, name, value, training)
     return _narrowed(value, dtype)
 
 
@@ -121,8 +122,10 @@ def in_dtype(dtype: torch.dtype, params: Params) -> dict[str, Tensor]:
     return {n: t.to(dtype) if t.is_floating_point() else t for n, t in params.items()}
 
 
-def _added(graft: Graft, name: str, value: Tensor) -> Tensor:
+def _added(graft: Graft, name: str, value: Tensor, training: bool) -> Tensor:
     method, params = graft.method, graft.params
+    if training:
+        params = method.thinned(params)
     if name != graft.site.key:
         bias = method.delta_bias(params)
         return value if bias is None else value + bias.to(value.dtype)

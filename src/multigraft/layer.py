@@ -236,7 +236,10 @@ class AdaptedLayer(LayerFacade, nn.Module):
         Args:
             layer: the base layer, or what stands in for it.
         """
-        return {name: effective(name, who, held(layer, name)) for name, who in plan.rebinds}
+        return {
+            name: effective(name, who, held(layer, name), self.training)
+            for name, who in plan.rebinds
+        }
 
     def show(self, name: str) -> Tensor | None:
         """A tensor of the layer, by name, as a parent that reads it must see it.
@@ -254,7 +257,9 @@ class AdaptedLayer(LayerFacade, nn.Module):
                 "batch of their own."
             )
         value = held(self._standing() if route is None else self.base_layer, name)
-        return effective(name, grafts, value) if grafts and value is not None else value
+        if not grafts or value is None:
+            return value
+        return effective(name, grafts, value, self.training)
 
     def shown(self) -> Mapping[str, tuple[Graft, ...]]:
         """The tensors that adapters change for whoever reads them now, and who does."""

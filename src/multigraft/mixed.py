@@ -148,13 +148,8 @@ def _alone(
     plan = layer.plan_of(adapter)
     part = x.index_select(0, rows)
     if not plan.is_additive:
-        if any(isinstance(more, Tensor) for more in (*args, *kwargs.values())):
-            raise RoutingError(
-                f"{layer.path} takes several tensors, and adapter {_called(adapter)} changes more "
-                "than its output: which of their rows belong together is not known. Run the rows "
-                "of each adapter in a batch of their own."
-            )
-        return y.index_copy(0, rows, layer.run(plan, part, args, kwargs).to(y.dtype))
+        args, kwargs = _for_rows(layer, adapter, rows, len(x), args, kwargs)
+        return _placed(y, rows, layer.run(plan, part, args, kwargs), layer)
     own = y.new_zeros((len(rows), *y.shape[1:]))
     for graft in plan.deltas:
         where = layer.where(graft, x) if plan.by_token else None
@@ -165,3 +160,38 @@ def _alone(
 
 def _called(row: Row) -> str:
     return " with ".join(f"`{name}`" for name in row)
+
+
+def _for_rows(
+    layer: AdaptedLayer, adapter: Row, rows: Tensor, size: int, args: Any, kwargs: Any
+) -> tuple[Any, Any]:
+    """The layer's further arguments for these rows.
+
+    Raises:
+        RoutingError: several tensors, of which it is not known that they go row by row.
+    """
+    more = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    known = all(g.site.parameter and g.site.takes_rows for g in layer.grafts_of(adapter))
+    if more and not (known and all(value.shape[:1] == (size,) for value in more)):
+        raise RoutingError(
+            f"{layer.path} takes several tensors, and adapter {_called(adapter)} changes more "
+            "than its output: which of their rows belong together is not known. Run the rows "
+            "of each adapter in a batch of their own."
+        )
+
+    def own(value: Any) -> Any:
+        return value.index_select(0, rows) if isinstance(value, Tensor) else value
+
+    return tuple(own(value) for value in args), {n: own(value) for n, value in kwargs.items()}
+
+
+def _placed(y: Any, rows: Tensor, own: Any, layer: AdaptedLayer) -> Any:
+    """``y`` with these rows exchanged; a layer may give several tensors."""
+    if isinstance(y, tuple) and isinstance(own, tuple):
+        return tuple(_placed(a, rows, b, layer) for a, b in zip(y, own, strict=True))
+    if not isinstance(y, Tensor) or own.shape[:1] != rows.shape:
+        raise RoutingError(
+            f"{layer.path} gives something else than rows, so rows of a batch cannot have adapters "
+            "of their own here. Run the rows of each adapter in a batch of their own."
+        )
+    return y.index_copy(0, rows, own.to(y.dtype))

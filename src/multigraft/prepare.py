@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from multigraft import prompts
 from multigraft.config import PeftConfig, TargetedConfig
 from multigraft.defaults import default_targets
-from multigraft.errors import MultigraftWarning, TargetError, UnsupportedError
+from multigraft.errors import MultigraftWarning, UnsupportedError
 from multigraft.graft import Graft, Shared, grow, grow_shared
 from multigraft.keys import disk_names
 from multigraft.methods import METHODS, Method, TensorSpec
@@ -222,17 +222,17 @@ def _prepared(model: nn.Module, adapter: str, config: PeftConfig, lenient: bool)
 
 
 def _check_dropout(parts: Sequence[tuple[Site, Method]]) -> None:
-    """Refuse dropout on parameters, as PEFT does; say where else it has no effect.
+    """Say where dropout has no effect: where an attention reads W + ΔW, as in PEFT.
 
-    Where a forward reads W + ΔW there is no input of the adapter's own to drop elements of.
+    Parameters that are targeted by name have it in the weight, see `Method.thinned`.
     """
-    drops = [s for s, m in parts if s.rebinds and (m.dropout or m.rank_dropout or m.module_dropout)]
-    for site in drops:
-        if site.parameter and site.target == str(site):
-            raise TargetError(
-                f"`target_parameters`: {site} is changed as a whole, so dropout cannot act on "
-                "what goes into its adapter. Set the dropout to 0."
-            )
+    drops = [
+        site
+        for site, method in parts
+        if site.rebinds
+        and (method.dropout or method.rank_dropout or method.module_dropout)
+        and not (site.parameter and site.target == str(site))
+    ]
     if drops:
         warnings.warn(
             f"dropout has no effect on {', '.join(map(str, drops[:3]))}"

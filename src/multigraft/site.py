@@ -95,7 +95,7 @@ class Site:
         """Whether rows of one batch can have adapters of their own here."""
         if self.inner or HOSTS.find(type(self.layer)):
             return False  # several inputs, and the batch may be their second axis
-        return self.geometry is None or self.geometry.takes_rows
+        return self.geometry is None or self.geometry.tells_rows(self.layer)
 
     @property
     def device(self) -> torch.device:

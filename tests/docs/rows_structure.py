@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from multigraft import AdapterNameError, ConfigError, TargetError, UnsupportedError
+from tests.bases.nets import mixtral, seeded
 from tests.docs.comparison import (
     WEIGHTS,
     Raises,
@@ -337,6 +338,28 @@ def _(library, folder):
     acting = model(x)
     model.merge_adapter()
     return not near(acting, before), near(model(x), acting)
+
+
+EXPERTS = {"target_parameters": ["experts.down_proj"]}
+
+
+@row(
+    "`lora_dropout` beside `target_parameters`", peft=Raises(ValueError, "lora_dropout"), ours=True
+)
+def _(library, folder):
+    model = graft(library, [], base=seeded(mixtral), lora_dropout=0.5, **EXPERTS)
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        return not near(model.train()(ids).logits, model.eval()(ids).logits)
+
+
+@row("`adapter_names` and `target_parameters`", peft=Raises(ValueError, "mixed"), ours=True)
+def _(library, folder):
+    model = graft(library, [], base=seeded(mixtral), **EXPERTS)
+    ids = torch.tensor([[1, 2, 3]] * 2)
+    with torch.no_grad():
+        first, second = model(input_ids=ids, adapter_names=["a", "__base__"]).logits
+        return near(first, model(ids).logits[0]) and not near(first, second)
 
 
 @row("`layer.lora_A[name](x)`", peft=(3, 2), ours=Raises(NotImplementedError))

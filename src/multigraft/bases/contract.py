@@ -46,6 +46,10 @@ class Geometry:
     factors: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
     """Names of a low-rank pair's tensors, in memory and on disk."""
 
+    def tells_rows(self, layer: nn.Module) -> bool:
+        """Whether rows of a batch can be told apart in what this layer is given."""
+        return self.takes_rows
+
     def sizes(self, layer: nn.Module) -> tuple[int, int]:
         """``(in, out)`` of the layer."""
         raise NotImplementedError(f"{type(self).__name__} must define `sizes`")

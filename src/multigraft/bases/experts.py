@@ -10,7 +10,9 @@ The rows of A and the columns of B run in different orders: so do they in PEFT's
 
 from __future__ import annotations
 
-from typing import cast
+import inspect
+from functools import lru_cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +25,14 @@ class Experts(Geometry):
     """A parameter of three dimensions, named; each expert has its own pair of factors."""
 
     name = "experts"
-    takes_rows = False  # the router sorts tokens by expert, not by row
+    takes_rows = False
 
     def __init__(self, parameter: str) -> None:
         self.parameter = parameter
+
+    def tells_rows(self, layer: nn.Module) -> bool:
+        # Others are given tokens that somebody has sorted by expert.
+        return _takes_choices(type(layer))
 
     def sizes(self, layer: nn.Module) -> tuple[int, int]:
         """``(in, out)`` of one expert."""
@@ -76,6 +82,16 @@ def parameter_geometry(layer: nn.Module, name: str) -> Geometry | None:
     """The geometry of a parameter that is targeted by its own name; None when nothing serves it."""
     dimensions = cast(Tensor, getattr(layer, name)).dim()
     return {2: Matrix, 3: Experts}[dimensions](name) if dimensions in (2, 3) else None
+
+
+@lru_cache(maxsize=256)
+def _takes_choices(cls: Any) -> bool:
+    """Whether a module is given all tokens in order, and beside them each one's experts.
+
+    As transformers': ``(hidden_states, top_k_index, top_k_weights)``, under several names.
+    """
+    names = [*inspect.signature(cls.forward).parameters][2:]
+    return len(names) > 1 and any(word in n for n in names for word in ("ind", "experts"))
 
 
 def _is_transposed(layer: nn.Module) -> bool:

@@ -168,6 +168,14 @@ class Method:
         """The inverse: the file's ``value`` as it is in memory, where ``tensor`` is now."""
         return value
 
+    def thinned(self, params: Params) -> Params:
+        """In training, where a forward reads W + ΔW: the tensors with dropout in them.
+
+        There is no input of the adapter's own there, so what is dropped is dropped for all that
+        goes through the weight in one call.
+        """
+        return params
+
     def from_tied(self, params: Params) -> Params:
         """The tensors at this site, out of those of the embedding's site that it is tied to."""
         return params

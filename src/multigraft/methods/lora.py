@@ -191,6 +191,16 @@ class LoRA(Method):
         what = "`lora_bias`" if self.variant is None else self.variant.name
         return f"`ensure_weight_tying` shares a plain pair, and {what} is more; leave one out"
 
+    def thinned(self, params: Params) -> Params:
+        site = self.site
+        if not self.dropout or site.parameter is None or site.target != str(site):
+            return params
+        count, in_ = self.geometry.count(site.layer) or 1, self.geometry.sizes(site.layer)[0]
+        mask = torch.nn.functional.dropout(params[self.A].new_ones(count, 1, in_), self.dropout)
+        names = {self.A, initialisations.START_A} & params.keys()
+        masked = {n: (params[n].unflatten(0, (count, -1)) * mask).flatten(0, 1) for n in names}
+        return {**params, **masked}
+
     def from_tied(self, params: Params) -> Params:
         # The embedding looks up a row of (B A)ᵀ; a head with that weight multiplies by all of them.
         assert self.site.tied is not None and self.site.tied.geometry is not None
