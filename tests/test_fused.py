@@ -117,9 +117,18 @@ def test_dropout_of_one_adapter_is_in_the_node_and_of_several_is_not() -> None:
     assert whole(model, batch()) is None
 
 
-@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}])
-def test_what_is_more_than_a_pair_runs_by_itself(options: dict[str, bool]) -> None:
-    assert whole(adapted(**options), batch()) is None
+def test_what_is_more_than_a_pair_runs_by_itself() -> None:
+    assert whole(adapted(lora_bias=True), batch()) is None
+
+
+def test_a_method_may_have_a_node_of_its_own_with_the_layer() -> None:
+    model = adapted(use_dora=True)
+    y = whole(model, batch())
+    assert y is not None
+    x, layer = batch(), model.get_base_model().layer
+    (graft,) = layer.all_grafts()
+    base = layer.base_layer(x)
+    torch.testing.assert_close(y, graft.add(base.clone(), x, False, base))
 
 
 def test_a_merged_adapter_leaves_the_node() -> None:

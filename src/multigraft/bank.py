@@ -148,7 +148,7 @@ def pair(graft: Graft, training: bool, dropout: bool = False) -> Pair | None:
     geometry = method.site.geometry
     if geometry is None or not geometry.is_matmul or method.site.parameter is not None:
         return None
-    if training and (method.rank_dropout or method.module_dropout):
+    if training and (method.rank_dropout or method.module_dropout or not method.trains_as_pair):
         return None
     if training and method.dropout and not dropout:
         return None

@@ -45,6 +45,10 @@ VARIANTS: list[dict[str, Any]] = [
     {"use_bdlora": {"target_modules_bd_b": [TARGET], "nblocks": 2}},
     {"use_qalora": True, "qalora_group_size": 4},
     {"alora_invocation_tokens": [1, 2]},
+    {"init_lora_weights": "mica", "r": 4},
+    {"kasa_config": {}, "r": 3},
+    {"monteclora_config": {"num_samples": 3, "buffer_size": 1}, "r": 4},
+    {"velora_config": {"num_groups": 5}, "r": 4},
 ]
 """Variants of LoRA that need nothing but the layer."""
 
