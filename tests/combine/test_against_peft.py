@@ -59,7 +59,7 @@ def test_tensors_agree(rule: str) -> None:
 
 
 @pytest.mark.parametrize("weights", [[1.0, 1.0], [-1.0, 0.5], [0.0, 2.0], [-0.3, -0.6]])
-@pytest.mark.parametrize("rule", ["linear", "cat", "svd", "ties", "dare_ties_svd"])
+@pytest.mark.parametrize("rule", RULES)
 def test_weights_of_either_sign_agree(rule: str, weights: list[float]) -> None:
     own, other = both(rule, weights=weights)
     near(own(IDS), other(IDS))

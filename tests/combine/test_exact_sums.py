@@ -140,6 +140,31 @@ def test_svd_of_a_lower_rank_is_the_best_approximation(name: str) -> None:
     assert left_out.max() > 0.01
 
 
+@pytest.mark.parametrize("rule", ["cat", "svd"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_was_added_can_be_subtracted(name: str, rule: str) -> None:
+    """(a + b) - b is a, on every kind of layer."""
+    model, x = grafted(name, 2, 4)
+    model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum", "cat")
+    model.add_weighted_adapter(
+        ["sum", "b"],
+        [1.0, -1.0],
+        "again",
+        rule,
+        svd_rank=2 if name != "grouped" and rule == "svd" else None,
+    )
+    torch.testing.assert_close(output(model, x, "again"), output(model, x, "a"))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_adapter_less_itself_is_the_base(name: str) -> None:
+    model, x = grafted(name, 2)
+    model.add_weighted_adapter(["a", "a"], [1.0, -1.0], "none", "cat")
+    with model.disable_adapter():
+        expected = model(x).detach()
+    torch.testing.assert_close(output(model, x, "none"), expected)
+
+
 def products(model: Any, weights: dict[str, float]) -> list[Tensor]:
     """The dense weighted sum of adapters' updates at each site, ``(n, out, in)``."""
     sums: dict[str, Tensor] = {}
