@@ -61,7 +61,7 @@ def together(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         before = self.x
         y = real(self, layer, *more)
         if self.x is not None and self.x is not before:
-            seen.append("".join([layer.path[-1], *self.waiting]))
+            seen.append("".join(each.path[-1] for each in (layer, *self.waiting)))
         return y
 
     monkeypatch.setattr(Siblings, "run", watch)

@@ -65,6 +65,8 @@ class Siblings:
         self.parent = parent
         self.members: dict[str, AdaptedLayer] = {}
         """Layers with an adapter, by their names under the parent."""
+        self.companies: dict[AdaptedLayer, list[AdaptedLayer]] = {}
+        """Of layers that were called: they themselves, and those that are to read the same."""
         self.is_split = bool(CROSS.search(parent.rpartition(".")[2]))
         """Whether they turned out not to read the same input."""
         self.forget()
@@ -75,6 +77,7 @@ class Siblings:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.companies = {}
         self.forget()
 
     def forget(self) -> None:
@@ -83,49 +86,53 @@ class Siblings:
         """The input that outputs wait for."""
         self.state: tuple[Any, ...] = ()
         """Beside it: its version, the gradient mode and the route."""
-        self.waiting: dict[str, Output] = {}
+        self.waiting: dict[AdaptedLayer, Output] = {}
 
     def join(self, layer: AdaptedLayer) -> None:
         """A layer has its first adapter, or another one."""
         self.members[_name(layer)] = layer
+        self.companies.clear()
         self.forget()
 
     def leave(self, layer: AdaptedLayer) -> None:
         """A layer has no adapter any more."""
         self.members.pop(_name(layer), None)
+        self.companies.clear()
         self.forget()
 
     def run(self, layer: AdaptedLayer, x: Tensor, route: Route | None) -> Tensor | None:
         """The layer's output for ``x``, or None where it must run by itself."""
-        name = _name(layer)
         if self.x is not None:
-            y = self._waiting(name, layer, x, route)
+            y = self._waiting(layer, x, route)
             if y is not None:
                 return y
-        layers = [] if self.is_split else self._company(name)
-        if len(layers) < 2 or layers[0] is not layer:
+        layers = self.companies.get(layer)
+        if layers is None:
+            layers = self.companies[layer] = self._company(layer)
+        if len(layers) < 2 or self.is_split:
             return None
         ys = _unrouted(layers, x) if route is None else run_together(layers, route, x)
         if ys is None:
             return None
         self.x, self.state = x, _state(x, route)
         self.waiting = {
-            _name(other): Output(y, other.plan, other.training)
+            other: Output(y, other.plan, other.training)
             for other, y in zip(layers[1:], ys[1:], strict=True)
         }
         return ys[0]
 
-    def _company(self, name: str) -> list[AdaptedLayer]:
+    def _company(self, layer: AdaptedLayer) -> list[AdaptedLayer]:
         """This layer and those that are to read the same input."""
-        names = next((names for names in COMPANIES if name in names), (name,))
-        others = (self.members.get(other) for other in names if other != name)
-        return [self.members[name], *(other for other in others if other is not None)]
+        own = _name(layer)
+        if self.members.get(own) is not layer:
+            return []  # one that stands for it for the time being
+        names = next((names for names in COMPANIES if own in names), ())
+        others = (self.members.get(name) for name in names if name != own)
+        return [layer, *(other for other in others if other is not None)]
 
-    def _waiting(
-        self, name: str, layer: AdaptedLayer, x: Tensor, route: Route | None
-    ) -> Tensor | None:
+    def _waiting(self, layer: AdaptedLayer, x: Tensor, route: Route | None) -> Tensor | None:
         """What waits for this layer, if it is its output for ``x``."""
-        found = self.waiting.pop(name, None)
+        found = self.waiting.pop(layer, None)
         if x is not self.x or _state(x, route) != self.state:
             # Not while a checkpoint runs: it must compute again what it has computed.
             if found is not None and not _has_hooks():

@@ -27,6 +27,8 @@ from multigraft.kernels.node import Node
 
 MANY_TOKENS = 1024
 """From so many tokens on, writing the narrow product first saves a pass over y."""
+FEW_TOKENS = 16
+"""Below, what a product costs is not its arithmetic."""
 
 
 class Dropped(NamedTuple):
@@ -199,9 +201,8 @@ class _AdaptedLinears(Node):
         elif own is not None:
             dx = torch.ops.aten.native_dropout_backward(own, mask.view_as(own), ctx.kept)
         if needs_x:
-            for i, dy in enumerate(dys):
+            for W, dy in zip(tensors[:: layout.size], dys, strict=True):
                 if dy is not None:
-                    W = tensors[i * layout.size]
                     dx = torch.mm(dy, W) if dx is None else dx.addmm_(dy, W)
             dx = None if dx is None else dx.view(ctx.shape)
         found = _factor_gradients(layout, dys, ds, s, seen, tensors, needs)
@@ -211,7 +212,9 @@ class _AdaptedLinears(Node):
 def _narrow_gradient(
     layout: Layout, dys: Sequence[Tensor | None], Bs: Sequence[Tensor], s: Tensor
 ) -> Tensor:
-    """DS of all layers side by side, scaled."""
+    """The gradient of s, of all layers side by side."""
+    if layout.is_single and dys[0] is not None:
+        return _thin(dys[0], Bs[0], layout.scale[0])
     parts = []
     for rank, dy, B, scale in zip(layout.rank, dys, Bs, layout.scale, strict=True):
         if dy is None:
@@ -233,12 +236,15 @@ def _factor_gradients(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients in the order of ``tensors``: slices of one product for all A, of one for each B."""
+    if layout.is_single and dys[0] is not None:
+        dA = _as(torch.mm(ds.mT, _shared(seen, layout)), tensors[2]) if needs[2] else None
+        dB = _as(_thin(dys[0].mT, s, layout.scale[0]), tensors[3]) if needs[3] else None
+        return [None, None, dA, dB]
     found: list[Tensor | None] = [None] * len(tensors)
     n, size = layout.adapters, layout.size
     firsts = [i * size + 2 for i in range(layout.layers) if dys[i] is not None]
     if any(any(needs[first : first + n]) for first in firsts):
-        dA = _as(_product(ds.mT, _shared(seen, layout)), tensors[2])
-        own = layout.split_A(dA)
+        own = layout.split_A(_as(_product(ds.mT, _shared(seen, layout)), tensors[2]))
         for first in firsts:
             found[first : first + n] = own[first // size]
     for first in firsts:
@@ -264,9 +270,9 @@ def _shared(x: Any, layout: Layout) -> Any:
 def _thin(left: Tensor, right: Tensor, scale: float) -> Tensor:
     """``scale · left right`` for a narrow ``right``.
 
-    A CPU is several times faster on the same product transposed; its result lies so in memory.
+    A CPU is several times faster on the same product transposed, unless there are few tokens.
     """
-    if left.device.type == "cpu":
+    if left.device.type == "cpu" and min(left.shape[-2:]) >= FEW_TOKENS:
         return _scaled(right.mT, left.mT, scale).mT
     return _scaled(left, right, scale)
 

@@ -114,8 +114,6 @@ class Layout:
 
     def split_A(self, dA: Tensor) -> list[list[Tensor]]:
         """The stacked A's gradient by layer and adapter."""
-        if self.is_single:
-            return [[dA]]
         parts: Sequence[Tensor] = dA.view(-1, dA.shape[-1]).split(self.rows)
         k = self.layers
         if self.is_padded:
@@ -144,10 +142,18 @@ class Layout:
 
 def layout_for(parts: Sequence[Part]) -> Layout:
     """The layout of these layers; made once for each kind of them."""
+    if len(parts) == 1 and len(parts[0].A) == 1:
+        return _single(parts[0].scale, parts[0].B[0].shape[-1])
     return _layout_of(tuple((part.scale, tuple(b.shape[-1] for b in part.B)) for part in parts))
 
 
 _layout_of = lru_cache(maxsize=256)(Layout)
+
+
+@lru_cache(maxsize=256)
+def _single(scale: tuple[float, ...], rank: int) -> Layout:
+    """The layout of one layer with one adapter."""
+    return Layout(((scale, (rank,)),))
 
 
 @lru_cache(maxsize=256)
