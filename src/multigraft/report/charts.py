@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from multigraft.report.markup import Html, join, tag
-from multigraft.report.numbers import figure, rounded
+from multigraft.report.numbers import figure, rounded, whole_steps
 
 WIDTH, HEIGHT = 720, 260
-LEFT, RIGHT, TOP, BOTTOM = 56, 16, 14, 36
+LEFT, RIGHT, TOP, BOTTOM = 56, 16, 26, 36
 STYLES = 6
 """How many looks of a line there are, each with a colour, a dash and a mark of its own."""
 
@@ -49,7 +49,7 @@ def lines(series: Sequence[Line], *, x: str, y: str, label: str) -> Html:
         _grid(top),
         _ticks(left, right),
         tag("text", x, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 4, class_="axis middle"),
-        tag("text", y, x=4, y=TOP - 3, class_="axis"),
+        tag("text", y, x=4, y=12, class_="axis"),
         drawn,
         viewBox=f"0 0 {WIDTH} {HEIGHT}",
         role="img",
@@ -141,17 +141,16 @@ def _grid(top: float) -> Html:
     for quarter in range(5):
         y = HEIGHT - BOTTOM - quarter / 4 * (HEIGHT - TOP - BOTTOM)
         parts.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, class_="grid"))
-        said = figure(top * quarter / 4)
+        said = f"{top * quarter / 4:.4g}"
         parts.append(tag("text", said, x=LEFT - 6, y=y + 4, class_="tick end"))
     return join(parts)
 
 
 def _ticks(left: float, right: float) -> Html:
     parts = []
-    for quarter in range(5):
-        value = left + (right - left) * quarter / 4
-        x = LEFT + quarter / 4 * (WIDTH - LEFT - RIGHT)
-        anchor = "start" if quarter == 0 else "end" if quarter == 4 else "middle"
-        said = f"{value:,.0f}"
-        parts.append(tag("text", said, x=x, y=HEIGHT - BOTTOM + 16, class_=f"tick {anchor}"))
-    return join(parts if right > left else parts[:1])
+    for value in whole_steps(round(left), round(right)):
+        x = LEFT + (value - left) / ((right - left) or 1.0) * (WIDTH - LEFT - RIGHT)
+        anchor = "end" if x > WIDTH - RIGHT - 12 else "middle"
+        text = tag("text", f"{value:,}", x=f"{x:.1f}", y=HEIGHT - BOTTOM + 16)
+        parts.append(tag("g", text, class_=f"tick {anchor}"))
+    return join(parts)

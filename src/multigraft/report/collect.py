@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from pathlib import Path
 
 from torch import nn
 
@@ -142,4 +143,6 @@ def _parameters(files: AdapterFiles, sites: Mapping[str, SiteFigures]) -> dict[s
 
 
 def _name_of(base: nn.Module) -> str:
-    return str(getattr(base, "name_or_path", "") or type(base).__name__)
+    """Its id or its directory's name: a page that is passed on shows nobody's folders."""
+    name = str(getattr(base, "name_or_path", "") or type(base).__name__)
+    return Path(name).resolve().name if Path(name).is_dir() else name

@@ -61,7 +61,8 @@ def _lines(path: Path) -> Iterator[Any]:
 
 def _history(path: Path) -> Iterator[Any]:
     found = json.loads(path.read_text(encoding="utf-8"))
-    yield from found.get("log_history", ()) if isinstance(found, dict) else ()
+    rows = found.get("log_history") if isinstance(found, dict) else None
+    yield from rows if isinstance(rows, list) else ()
 
 
 def _curves(rows: Iterable[Any], adapter: str, source: str) -> Iterator[Curve]:

@@ -29,7 +29,7 @@ def tag(element: str, /, *children: Child, **attributes: str | int | float | boo
     """
     given = "".join(_attribute(key, value) for key, value in attributes.items())
     if element in _VOID and not children:
-        return Html(f"<{element}{given}>")
+        return Html(f"<{element}{given}/>")  # in SVG an element ends here by its slash alone
     return Html(f"<{element}{given}>{join(children)}</{element}>")
 
 
@@ -48,7 +48,7 @@ def clean(text: str) -> str:
     return _CONTROL.sub("\ufffd", text)
 
 
-_VOID = frozenset({"meta", "link", "br", "line", "rect", "circle", "path", "polyline", "input"})
+_VOID = frozenset({"meta", "link", "line", "rect", "circle", "path", "polyline"})
 
 
 def _text(child: Child) -> str:

@@ -16,7 +16,7 @@ from multigraft.report.collect import Report
 from multigraft.report.curves import Curve
 from multigraft.report.intruders import EPSILON, K
 from multigraft.report.markup import Html, join, name, tag
-from multigraft.report.numbers import figure, percent
+from multigraft.report.numbers import closeness, figure, percent
 from multigraft.report.similarity import Similarity
 
 _HERE = Path(__file__).parent
@@ -143,7 +143,8 @@ def _similarity(report: Report) -> Html | None:
         "p",
         "The overlap of two adapters' directions is 1 where the smaller one's lie within the "
         "larger's, and about the figure for chance where they have nothing to do with each other. "
-        "The cosine is that of the changes themselves.",
+        "The cosine is that of the changes themselves. Adapters that began with the same seed read "
+        "much the same inputs, since training moves these the least.",
     )
     columns = [
         ("adapter", "text"),
@@ -162,7 +163,7 @@ def _similarity(report: Report) -> Html | None:
 
 def _pair(each: Similarity) -> Html:
     def share(value: float | None) -> Html:
-        drawn = "–" if value is None else charts.bar(abs(value), figure(value))
+        drawn = "–" if value is None else charts.bar(abs(value), closeness(value))
         return sections.number(drawn, value)
 
     return tag(
@@ -185,7 +186,7 @@ def _matrix(report: Report) -> Html:
     def cell(a: str, b: str) -> Html:
         value = 1.0 if a == b else known.get((a, b), known.get((b, a)))
         level = 0 if value is None else round((heat.LEVELS - 1) * value)
-        return tag("td", figure(value), class_=f"l{level}")
+        return tag("td", closeness(value), class_=f"l{level}")
 
     head = tag("tr", tag("th", "adapter", scope="col"), (_column(n) for n in names))
     rows = [tag("tr", tag("th", name(a), scope="row"), (cell(a, b) for b in names)) for a in names]

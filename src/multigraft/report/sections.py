@@ -48,7 +48,7 @@ def overview(report: Report) -> Html:
         ("‖ΔW‖", "number"),
         ("‖ΔW‖ / ‖W‖", "number"),
         ("intruders", "number"),
-        ("numbers", "number"),
+        ("parameters", "number"),
         ("file", "number"),
     ]
     if report.base is None:
@@ -223,7 +223,7 @@ def budget(report: Report, index: int) -> Html:
         ("module", "text"),
         ("sites", "number"),
         ("rank", "number"),
-        ("numbers", "number"),
+        ("parameters", "number"),
         ("share", "number"),
         ("of the rank in use", "number"),
     ]
