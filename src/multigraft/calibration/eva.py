@@ -236,7 +236,7 @@ class _Study:
             V = directions.components[:rank]
             if self.config.eva_config.whiten:
                 V = V / directions.values[:rank, None].sqrt()
-            found[name] = V.clone()
+            found[name] = V.clone(memory_format=torch.contiguous_format)
         return found
 
 

@@ -96,7 +96,7 @@ def give(model: PeftModel, adapter: str, directions: Mapping[str, Tensor]) -> No
             key_a, key_b = (
                 disk_names(graft.site, n, config) for n in graft.method.geometry.factors
             )
-            values[key_a] = V.to(graft.site.device, state[key_a].dtype)
+            values[key_a] = V.to(graft.site.device, state[key_a].dtype).contiguous()
             values[key_b] = values[key_a].new_zeros(state[key_b].shape[0], len(V))
     _exchange(model, adapter, config, values)
 
