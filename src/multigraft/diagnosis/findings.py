@@ -67,6 +67,11 @@ class Diagnosis:
     __repr__ = __str__
 
 
+def counted(count: int, what: str) -> str:
+    """``1 site``, ``2 sites``."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def _plain(finding: Finding) -> dict[str, Any]:
     return {
         "check": finding.law,

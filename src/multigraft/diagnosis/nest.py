@@ -43,12 +43,14 @@ class Plain:
         tensors: by key relative to the base model, for what was nested.
         patterns: ranks and alphas of sites whose rank has changed.
         folded: adapters whose change is in the tensors now; "" for one without a name.
+        moved: sites whose pairs lay below a base layer.
         is_empty: whether wrappers were there, and nothing in them.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     patterns: dict[str, tuple[int, float]] = field(default_factory=dict)
     folded: list[str] = field(default_factory=list)
+    moved: set[str] = field(default_factory=set)
     is_empty: bool = True
 
 
@@ -79,6 +81,8 @@ def un_nested(
         if group in level:
             raise UnsupportedError(f"{path}: several adapters stand there. Name one: --adapter.")
         level[group] = folding.fold(path, entries)
+        if site != bare(site):
+            plain.moved.add(bare(site))
     for site, by_level in levels.items():
         _stack(site, list(by_level.values()), config, plain)
     return plain

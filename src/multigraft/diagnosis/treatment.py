@@ -14,6 +14,7 @@ from torch import Tensor
 from multigraft.config import PeftConfig
 from multigraft.diagnosis.checks.config import as_meant, method_meant
 from multigraft.diagnosis.checks.shapes import is_whole_model, strangers
+from multigraft.diagnosis.findings import counted
 from multigraft.diagnosis.names import LORA, nested, parsed, standards
 from multigraft.diagnosis.nest import Plain, bare, scale_of, un_nested
 from multigraft.diagnosis.patient import Patient
@@ -57,7 +58,9 @@ def fixed(patient: Patient, treatment: Treatment) -> None:
         treatment.done.append(f"{path.name}: written as safetensors")
     extra = strangers(patient)
     if is_whole_model(patient, extra):
-        treatment.done.append(f"left out {len(extra):,} tensors of the base, `{extra[0]}` first")
+        treatment.done.append(
+            f"left out {counted(len(extra), 'tensor')} of the base, `{extra[0]}` first"
+        )
         tensors = {name: t for name, t in tensors.items() if name not in extra}
     treatment.tensors = tensors
     renamed(treatment)
@@ -72,7 +75,7 @@ def renamed(treatment: Treatment) -> None:
         first = changed[0]
         treatment.tensors = {names[name]: tensor for name, tensor in tensors.items()}
         treatment.done.append(
-            f"renamed {len(changed):,} tensors, `{first}` to `{names[first]}` first"
+            f"renamed {counted(len(changed), 'tensor')}, `{first}` to `{names[first]}` first"
         )
 
 
@@ -164,28 +167,27 @@ def _account(
 ) -> list[str]:
     """What was done, and what it is equal to."""
     done = []
+    began, alone = f"un-nested {counted(sites, 'site')}: ", "the nest with the adapter active alone"
     if plain.folded:
         names = _listed(plain.folded)
         done.append(
-            f"un-nested {sites:,} sites: what {names} adds inside the adapter is in its own "
-            f"matrices now. Outputs are those of the nest with the adapter and {names} active "
-            "together; with the adapter active alone, what is inside added nothing (for that, run "
-            "the doctor on the old files with --drop-nested)"
+            f"{began}what {names} adds inside the adapter is in its own matrices now. Outputs are "
+            f"those of the nest with the adapter and {names} active together; with the adapter "
+            "active alone, what is inside added nothing (for that, run the doctor on the old files "
+            "with --drop-nested)"
         )
     elif drop and not plain.is_empty:
-        done.append(
-            f"un-nested {sites:,} sites: what was inside the adapter is left out. Outputs are "
-            "those of the nest with the adapter active alone"
-        )
-    elif plain.is_empty:
-        done.append(
-            f"un-nested {sites:,} sites: the file holds nothing of what was inside the adapter. "
-            "Outputs are those of the nest with the adapter active alone"
-        )
+        done.append(f"{began}what was inside is left out. Outputs are those of {alone}")
+    elif plain.is_empty and sites > len(plain.moved):
+        lacks = "the file holds nothing of what was inside"
+        done.append(f"{began}{lacks}. Outputs are those of {alone}")
+    if plain.moved:
+        count = counted(len(plain.moved), "site")
+        done.append(f"moved the pairs of {count} up from below base layers; outputs are the same")
     if plain.patterns:
         done.append(
-            f"stacked the pairs of {len(plain.patterns):,} sites that had several, with the sum of "
-            "their ranks (`rank_pattern`, `alpha_pattern`)"
+            f"stacked the pairs of {counted(len(plain.patterns), 'site')} that had several, with "
+            "the sum of their ranks (`rank_pattern`, `alpha_pattern`)"
         )
     if config.lora_dropout or any(each.lora_dropout for each in inner.found.values()):
         done.append(

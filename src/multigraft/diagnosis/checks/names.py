@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from multigraft.diagnosis.checks.contract import check
-from multigraft.diagnosis.findings import Finding
+from multigraft.diagnosis.findings import Finding, counted
 from multigraft.diagnosis.names import nested, standards, tool_of
 from multigraft.diagnosis.patient import Patient
 
@@ -20,7 +20,7 @@ def another_tool(patient: Patient) -> Iterator[Finding]:
         yield Finding(
             "another tool",
             _file(patient),
-            f"{len(names):,} tensors are named as by {tool.name}, the first of them `{names[0]}`.",
+            f"holds {counted(len(names), 'tensor')} named as by {tool.name}: `{names[0]}`.",
             tool.remedy,
         )
 
@@ -33,8 +33,8 @@ def nested_adapters(patient: Patient) -> Iterator[Finding]:
         yield Finding(
             "nested adapters",
             _file(patient),
-            f"{len(names):,} tensors are of a model with adapters inside adapters, the first of "
-            f"them `{names[0]}`.",
+            f"holds {counted(len(names), 'tensor')} of a model with adapters inside adapters, such "
+            f"as `{names[0]}`.",
             "Run the doctor with --un-nest, which writes the same function as a plain adapter "
             "where there is one.",
             is_fixable=True,
@@ -64,16 +64,16 @@ def names_of_tensors(patient: Patient) -> Iterator[Finding]:
         yield Finding(
             "names of tensors",
             clashes[0],
-            f"{len(clashes):,} names are meant by two tensors each.",
-            "Remove one of each pair.",
+            f"is meant by two tensors; there are {counted(len(clashes), 'such name')}.",
+            "Remove one of each two.",
         )
     elif wrong:
         first = next(iter(wrong))
         yield Finding(
             "names of tensors",
             _file(patient),
-            f"{len(wrong):,} tensors have names of another layout, such as `{first}` for "
-            f"`{wrong[first]}`.",
+            f"holds {counted(len(wrong), 'tensor')} under names of another layout, such as "
+            f"`{first}` for `{wrong[first]}`.",
             "Rename them.",
             is_fixable=True,
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from multigraft.config import pattern_value
 from multigraft.diagnosis.checks.contract import check
-from multigraft.diagnosis.findings import Finding
+from multigraft.diagnosis.findings import Finding, counted
 from multigraft.diagnosis.names import HELD, parsed
 from multigraft.diagnosis.patient import Patient
 from multigraft.errors import close_to
@@ -59,7 +59,7 @@ def ranks(patient: Patient) -> Iterator[Finding]:
         yield Finding(
             "ranks",
             first,
-            f"has rank {found} and the config means {meant}, at {count:,} sites.",
+            f"has rank {found} and the config means {meant}, at {counted(count, 'site')}.",
             f"If the tensors are right, set `r` (or `rank_pattern`) to {found}; `lora_alpha` "
             "decides the scaling together with it, so see that it belongs to them.",
         )
