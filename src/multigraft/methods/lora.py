@@ -60,6 +60,10 @@ class LoraConfig(TargetedConfig):
         layer_replication: ranges of layers that the model has then (`multigraft.replication`).
         ensure_weight_tying: modules that share an embedding's weight share its adapter as well.
         use_dora: decompose the weight into magnitude and direction (`multigraft.variants.dora`).
+        alora_invocation_tokens: act from these tokens of a row on (`multigraft.variants.alora`).
+        use_qalora, qalora_group_size: let A see means of groups (`multigraft.variants.qalora`).
+        use_bdlora: make A or B block-diagonal, a `BdLoraConfig` (`multigraft.variants.bdlora`).
+        arrow_config: route tokens to other adapters, an `ArrowConfig` (`multigraft.variants.arrow`).
 
     The remaining fields are PEFT's; setting one that is not built yet is refused by name.
     """
