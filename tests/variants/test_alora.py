@@ -355,3 +355,13 @@ def test_models_with_an_encoder_are_refused() -> None:
 def test_offsets_that_do_not_suit_the_batch_are_refused(offsets: list[Any]) -> None:
     with pytest.raises(RoutingError, match="does not suit a batch of 5"):
         ours_alone()(IDS, alora_offsets=offsets)
+
+
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_a_compiled_model_has_one_graph(with_gradients: bool) -> None:
+    ours = ours_alone()
+    with torch.set_grad_enabled(with_gradients):
+        expected = ours(IDS).logits
+        torch._dynamo.reset()
+        compiled = torch.compile(ours, fullgraph=True, backend="eager")
+        near(compiled(IDS).logits, expected)

@@ -104,7 +104,7 @@ def test_the_number_of_groups_scales_the_mean() -> None:
     [
         ({"qalora_group_size": 5}, r"`qalora_group_size` \(=5\) must divide .* try 4, 6"),
         ({"lora_bias": True}, "`use_qalora` cannot be combined with `lora_bias`"),
-        ({"init_lora_weights": "orthogonal"}, "set `init_lora_weights` to True"),
+        ({"init_lora_weights": "orthogonal", "r": 4}, "set `init_lora_weights` to True"),
     ],
 )
 def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str) -> None:
@@ -142,3 +142,17 @@ def test_a_file_of_peft_that_ignored_the_option_does_not_fit(tmp_path: Any) -> N
         peft.get_peft_model(nn.Sequential(nn.Linear(12, 8)), options).save_pretrained(tmp_path)
     with pytest.raises(multigraft.CheckpointError, match=r"\(3, 12\) instead of \(3, 3\)"):
         multigraft.PeftModel.from_pretrained(nn.Sequential(nn.Linear(12, 8)), tmp_path)
+
+
+def test_a_combination_is_the_sum_of_both() -> None:
+    model = model_of()
+    model.add_adapter("b", config())
+    state = multigraft.get_peft_model_state_dict(model, adapter_name="b")
+    multigraft.set_peft_model_state_dict(model, filled(state, 0.5), "b")
+    model.double()
+    x = torch.randn(5, 12, dtype=torch.float64)
+    model.base_model.set_adapter(["default", "b"])
+    expected = model(x)
+    model.add_weighted_adapter(["default", "b"], [1.0, 1.0], "sum", "cat")
+    model.double().base_model.set_adapter(["sum"])
+    near(model(x), expected)

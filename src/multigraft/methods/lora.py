@@ -63,7 +63,7 @@ class LoraConfig(TargetedConfig):
         alora_invocation_tokens: act from these tokens of a row on (`multigraft.variants.alora`).
         use_qalora, qalora_group_size: let A see means of groups (`multigraft.variants.qalora`).
         use_bdlora: make A or B block-diagonal, a `BdLoraConfig` (`multigraft.variants.bdlora`).
-        arrow_config: route tokens to other adapters, an `ArrowConfig` (`multigraft.variants.arrow`).
+        arrow_config: give tokens to other adapters, an `ArrowConfig` (`multigraft.variants.arrow`).
 
     The remaining fields are PEFT's; setting one that is not built yet is refused by name.
     """
