@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from multigraft import checkpoint
 from multigraft.config import CONFIG_NAME, PeftConfig
 from multigraft.containers import check_name
+from multigraft.embeddings import take_embeddings
 from multigraft.errors import CheckpointError, MultigraftWarning, StateError
 from multigraft.keys import placed
 from multigraft.per_expert import PerExpert
@@ -78,6 +79,7 @@ def load_into(
     where = {k: v for k, v in options.items() if k in (*HUB_OPTIONS, "subfolder")}
     tensors = checkpoint.read(checkpoint.locate_weights(source, **where), allow_pickle=allow_pickle)
     tensors = checkpoint.rename(tensors, key_mapping)
+    tensors = take_embeddings(config, tensors, tuner.model)
     per_expert = PerExpert(tuner.model, config, tensors)
     name_what_was_saved(config, per_expert.rest, tuner.model)
     _warn_of_another_base(tuner, config)

@@ -263,7 +263,8 @@ class PeftModel(PromptFacade, nn.Module):
 
         Args:
             selected_adapters: names; all by default.
-            save_embedding_layers: True adds the base matrices of adapted embeddings.
+            save_embedding_layers: adds the base's embedding matrices: True, False, or ``"auto"``
+                for when the vocabulary was resized (`multigraft.embeddings`).
             is_main_process: only the main process writes.
             path_initial_model_for_weight_conversion: save LoRA that takes a part out of the base
                 (PiSSA and others) as plain LoRA; see `multigraft.saving.files_of`.
@@ -295,7 +296,7 @@ class PeftModel(PromptFacade, nn.Module):
                 name,
                 self.get_base_model(),
                 gathered=gathered,
-                with_embeddings=save_embedding_layers is True,
+                embeddings=save_embedding_layers,
                 initial=path_initial_model_for_weight_conversion,
             )
         if adapters:

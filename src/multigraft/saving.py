@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from multigraft import checkpoint
 from multigraft.config import PeftConfig
+from multigraft.embeddings import embedding_tensors
 from multigraft.errors import CheckpointError, ConfigError, MultigraftWarning
 from multigraft.graft import Graft
 from multigraft.keys import disk_names
 from multigraft.methods.contract import Params
 from multigraft.methods.lora import LoRA, LoraConfig
 from multigraft.roster import Roster
-from multigraft.state import embedding_weights
 
 Pathlike = str | os.PathLike[str]
 
@@ -38,14 +38,14 @@ def files_of(
     base: nn.Module,
     *,
     gathered: Mapping[str, Tensor] | None = None,
-    with_embeddings: bool = False,
+    embeddings: str | bool = False,
     initial: Pathlike | None = None,
 ) -> tuple[PeftConfig, dict[str, Tensor]]:
     """An adapter's config, and its tensors by key relative to the base model, as they are saved.
 
     Args:
         gathered: the whole model's state dict to take values from, when the model is sharded.
-        with_embeddings: with the base matrices of adapted embeddings.
+        embeddings: which of the base's embedding matrices go with it.
         initial: save it as plain LoRA of twice the rank; where the adapter was saved before
             training, which says where A and B began when the adapter does not know.
 
@@ -59,9 +59,7 @@ def files_of(
         config, state = _as_plain(roster, adapter, config, state, Path(initial))
     else:
         _drop_starts(roster, adapter, config, state)
-    if with_embeddings:
-        state |= embedding_weights(roster, adapter)
-    return config, state
+    return config, state | embedding_tensors(roster, adapter, embeddings)
 
 
 def _for_disk(config: PeftConfig, base: nn.Module) -> PeftConfig:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from multigraft.checkpoint import LoadReport, adapter_state, compare
 from multigraft.containers import fetch, hold
+from multigraft.embeddings import embedding_tensors
 from multigraft.errors import StateError
 from multigraft.keys import PREFIX, full_key, saved_tensors, strip_prefix
 from multigraft.prompts.contract import Slot
@@ -47,7 +48,8 @@ def get_peft_model_state_dict(
         model: a `PeftModel`, or a model adapted in place (then keys have no prefix).
         state_dict: the whole model's state dict to take values from, when the model is sharded.
         unwrap_compiled: kept for PEFT's signature; compiled models need no option here.
-        save_embedding_layers: True adds the base matrices of adapted embeddings.
+        save_embedding_layers: which of the base's embedding matrices go with it, see
+            `multigraft.embeddings.embedding_tensors`.
 
     Raises:
         AdapterNameError: there is no such adapter.
@@ -58,18 +60,8 @@ def get_peft_model_state_dict(
     if state_dict is not None:
         gathered = {strip_prefix(key): value for key, value in state_dict.items()}
     state = adapter_state(roster, adapter_name, gathered)
-    if save_embedding_layers is True:
-        state |= embedding_weights(roster, adapter_name)
+    state |= embedding_tensors(roster, adapter_name, save_embedding_layers)
     return {full_key(key) if prefix else key: value for key, value in state.items()}
-
-
-def embedding_weights(roster: Roster, adapter: str) -> dict[str, Tensor]:
-    """The base matrices of the embeddings that this adapter adapts, by key on disk."""
-    return {
-        f"{layer.path}.base_layer.weight": graft.site.weight()
-        for layer, graft in roster.grafts(adapter)
-        if isinstance(layer.base_layer, nn.Embedding) and graft.method.kind == "additive"
-    }
 
 
 def set_peft_model_state_dict(

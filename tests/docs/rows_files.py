@@ -26,6 +26,7 @@ from tests.docs.comparison import (
     row,
     saved,
 )
+from tests.oracle import build
 from tests.test_per_expert import dense, logits, old_state
 from tests.test_per_expert import saved as old_experts
 
@@ -149,6 +150,19 @@ def _(library, folder):
 def _(library, folder):
     graft(library, ["embed_tokens"], "default", llama()).save_pretrained(folder)
     return len([key for key in load_file(folder / WEIGHTS) if "base_layer" in key])
+
+
+@row("embedding matrices in a file", peft=False, ours=True)
+def _(library, folder):
+    base = llama()
+    torch.nn.init.ones_(base.model.embed_tokens.weight)
+    model = graft(library, ["q_proj"], "default", base)
+    model.save_pretrained(folder, save_embedding_layers=True)
+    fresh = build(llama)
+    before = fresh.model.embed_tokens.weight.detach().clone()
+    load(library, folder, fresh)
+    own = fresh.model.embed_tokens
+    return torch.equal(getattr(own, "base_layer", own).weight, before)
 
 
 @row('`"all-linear"` in files', peft="blocks.0.down", ours="down")
