@@ -174,6 +174,15 @@ def test_a_lora_is_converted_with_a_word() -> None:
         convert_to_lora(filled(SHARED["lora"]), 2)
 
 
+def test_a_model_says_whether_an_adapter_can_be_converted() -> None:
+    model = filled(SHARED["loha"])
+    model.add_adapter("norms", our_config({"kind": "LNTuningConfig", "target_modules": ["norm"]}))
+    assert model.supports_lora_conversion()
+    assert not model.supports_lora_conversion("norms")
+    with pytest.raises(AdapterNameError, match="no adapter is called `other`"):
+        model.supports_lora_conversion("other")
+
+
 @pytest.mark.parametrize(
     ("options", "rank", "error", "text"),
     [

@@ -123,10 +123,25 @@ def _converted(
     return assembled(Tuner(roster.root), config, cuts, biases, held, dtype)
 
 
+def is_convertible(roster: Roster, adapter: str) -> bool:
+    """Whether the adapter's effect is a change of weights.
+
+    Raises:
+        AdapterNameError: there is no such adapter.
+    """
+    grafts = [graft for _, graft in roster.grafts(roster.require_one(adapter))]
+    return any(not g.method.rides for g in grafts) and all(map(_changes_weights, grafts))
+
+
+def _changes_weights(graft: Graft) -> bool:
+    method = graft.method
+    is_change = method.kind in ("additive", "map") and graft.site.geometry is not None
+    return method.rides or (is_change and method.mergeable)
+
+
 def _check(graft: Graft, adapter: str) -> None:
     method, site = graft.method, graft.site
-    changes = method.kind in ("additive", "map") and site.geometry is not None
-    if not (method.rides or (changes and method.mergeable)):
+    if not _changes_weights(graft):
         raise UnsupportedError(
             f"{WHERE}: `{adapter}` is a {method.name} at {site}, whose effect is no change of a "
             "layer's weight. Keep it as it is."

@@ -67,6 +67,16 @@ class Combines:
         request = Request.of(adapters, weights, combination_type, svd_rank, options)
         add_weighted(tuner, request, adapter_name)
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `convert_to_lora` can make a LoRA of this adapter.
+
+        Raises:
+            AdapterNameError: there is no such adapter.
+        """
+        from multigraft.combine.convert import is_convertible
+
+        return is_convertible(cast("Tuner", self).roster, adapter_name)
+
     def compress_adapter(
         self, adapter_name: str, new_name: str, rank: Rank = 0.99
     ) -> list[Residual]:
