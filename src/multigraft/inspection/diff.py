@@ -240,7 +240,9 @@ def _compared(path: str, a: Change | None, b: Change | None) -> ChangeDifference
     if a is None or b is None:
         return ChangeDifference(path, first, second, max(first, second), None)
     cosine = _cosine(inner(a, b), first, second)
-    return ChangeDifference(path, first, second, distance(a, b), cosine)
+    gap = distance(a, b)
+    is_rounding = gap <= 1e-13 * max(first, second)
+    return ChangeDifference(path, first, second, 0.0 if is_rounding else gap, cosine)
 
 
 def inner(a: Change, b: Change) -> float:
