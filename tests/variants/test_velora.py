@@ -25,8 +25,10 @@ class TestVelora(DropsLikePeft):
         "no bias": Case("linear wide", VELORA),
         "Conv1D": Case("conv1d_transposed", VELORA),
         "rsLoRA": Case("linear", VELORA | {"use_rslora": True}),
-        "random": Case("linear", VELORA | {"velora_config": {"init_type": "random"}}),
-        "once": Case("linear", VELORA | {"velora_config": {"init_type": "batch_average_once"}}),
+        "random": Case("linear", VELORA | {"velora_config": OPTIONS | {"init_type": "random"}}),
+        "once": Case(
+            "linear", VELORA | {"velora_config": OPTIONS | {"init_type": "batch_average_once"}}
+        ),
         "dropout in evaluation": Case("linear", VELORA | {"lora_dropout": 0.5}),
         "bias": Case("linear", VELORA | {"lora_bias": True}),
     }
@@ -40,7 +42,9 @@ class TestVelora(DropsLikePeft):
         exact = gradients(ours, case)
         if case.options["velora_config"].get("init_type") != "random":
             (graft,) = ours.get_base_model().layer.all_grafts()
-            graft.params[EMBED].zero_()  # as before the first batch, which PEFT counts from loading on
+            graft.params[
+                EMBED
+            ].zero_()  # as before the first batch, which PEFT counts from loading on
         for model in (ours.train(), theirs.train()):
             model.zero_grad()
         near(ours(case.model().batch()), theirs(case.model().batch()))
