@@ -148,10 +148,11 @@ class Arrow(Variant):
         prototypes, A, B = _routed(memory, experts, general, arrow.rng_seed)
         dtype = lora.geometry.input_dtype(x, A)
         weights = _weights(x, prototypes.to(dtype), arrow)
-        scales = weights.new_tensor([e.scale for e in experts])
-        ranks = torch.tensor([e.A.shape[0] for e in experts], device=x.device)
-        h = lora.geometry.project(lora.site.layer, x, A.to(dtype))
-        h = h * (weights * scales).repeat_interleave(ranks, -1, output_size=h.shape[-1]).to(dtype)
+        shares = [
+            weights[..., i : i + 1].expand(*weights.shape[:-1], e.A.shape[0]) * e.scale
+            for i, e in enumerate(experts)
+        ]
+        h = lora.geometry.project(lora.site.layer, x, A.to(dtype)) * torch.cat(shares, -1).to(dtype)
         update = lora.geometry.lift(lora.site.layer, h, B.to(dtype))
         return y + F.dropout(update, lora.dropout, training).to(y.dtype)
 
