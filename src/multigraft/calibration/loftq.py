@@ -108,8 +108,8 @@ def _write(graft: Graft, lost: Tensor) -> None:
 def _files(base: nn.Module, model_path: str | os.PathLike[str] | None) -> Mapping[str, Path]:
     """Files by the names of the tensors in them."""
     path = _cached(base) if model_path is None else Path(model_path)
-    folder = path if path.is_dir() else path.parent
-    file = path if path.suffix == ".safetensors" else folder / FILE
+    is_file = path.suffix == ".safetensors"
+    folder, file = (path.parent, path) if is_file else (path, path / FILE)
     if file.is_file():
         with _opened(file) as tensors:
             return dict.fromkeys(tensors.keys(), file)

@@ -32,6 +32,7 @@ def quantise(W: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Codes, packed as uint8, and float32 scales of a weight ``(out, in)``."""
     W = W.float()
     if bits == 8:
+        W = W.half().float()  # as bitsandbytes has it before it quantises
         scales = W.abs().amax(1)
         codes = (W * (127 / scales.clamp_min(1e-30))[:, None]).round().to(torch.int8)
         return codes.flatten().view(torch.uint8), scales
