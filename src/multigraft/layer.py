@@ -218,7 +218,8 @@ class AdaptedLayer(LayerFacade, nn.Module):
         if self.roster.spans is None:
             raise StateError(
                 f"{self.path}: `{graft.adapter}` acts from its invocation tokens on, and where "
-                "they are is known inside a call of the model alone. Call the PeftModel."
+                "they are is known inside a call of the model alone. Call the PeftModel, and let "
+                "gradient_checkpointing_enable() checkpoint its blocks."
             )
         return self.roster.spans.where(graft.adapter, x, self.path)
 

@@ -239,6 +239,12 @@ def test_half_precision_follows_full(tmp_path: Path) -> None:
     assert (half - expected).norm() < 0.05 * expected.norm()
 
 
+def test_a_router_is_in_order(tmp_path: Path) -> None:
+    model = create_arrow_model(base(), save_adapters(tmp_path, [0, 1]), ArrowConfig())
+    assert not multigraft.verify(model).violations
+    assert "arrow_router" in str(multigraft.inspect(model))
+
+
 def test_merging_the_router_is_refused(tmp_path: Path) -> None:
     model = create_arrow_model(base(), save_adapters(tmp_path, [0]), ArrowConfig())
     with pytest.raises(UnsupportedError, match=r"\(arrow\), .*Keep it as an adapter"):

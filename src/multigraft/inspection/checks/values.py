@@ -129,14 +129,15 @@ def _mistyped(place: Place, part: Part, tensors: list[Tensor]) -> Iterator[tuple
 
 @torch.no_grad()
 def _delta_norm(part: Part) -> float | None:
-    """Frobenius norm of ΔW; None where the adapter is no additive one, or holds no values."""
+    """Frobenius norm of ΔW; None where the adapter has no one ΔW, or holds no values."""
     if not part.tensors or not all(_has_values(t) for t in part.tensors.values()):
         return None
     if not part.grafts:
         found = [(part.tensors[a], part.tensors[b]) for a, b in _PAIRS if {a, b} <= {*part.tensors}]
         return _pair_norm(*found[0], part.scaling) if found else None
     graft = part.grafts[0]
-    if graft.method.kind != "additive" or graft.site.geometry is None:
+    is_additive = graft.method.kind == "additive" and graft.site.geometry is not None
+    if not (is_additive and graft.method.mergeable):
         return None
     params = graft.params
     pair = graft.method.low_rank(params)
