@@ -82,6 +82,22 @@ def test_a_small_update_has_no_intruders_and_is_copied() -> None:
         assert all(torch.equal(a.params[n], b.params[n]) for n in a.params)
 
 
+@pytest.mark.parametrize("std", [1.5, 1e-3])
+def test_a_scale_that_was_set_is_carried(std: float) -> None:
+    """In PEFT it is lost, since the new adapter has the config's."""
+    plain, scaled = pair(std=std).ours, pair(std=std).ours
+    with torch.no_grad():
+        for _, graft in scaled.roster.grafts("default"):
+            graft.params["lora_B.weight"].mul_(4)
+    for layer in scaled.base_model.layers():
+        layer.set_scale("default", 0.25)
+    for model in (plain, scaled):
+        reduce_intruder_dimension(model, logging_sink=None)
+    for path, delta in deltas(plain, "intruder_reduced").items():
+        own = deltas(scaled, "intruder_reduced")[path]
+        torch.testing.assert_close(own, delta, atol=1e-5, rtol=1e-4)
+
+
 def test_the_new_adapter_is_active_and_the_old_one_as_it_was() -> None:
     made = pair()
     own = deltas(made.ours, "default")

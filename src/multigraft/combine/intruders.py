@@ -64,13 +64,15 @@ def reduce_intruder_dimension(
     grafts = [graft for _, graft in roster.grafts(old_adapter_name)]
     for graft in grafts:
         _check(graft, old_adapter_name, str(config.peft_type))
+    options = top_k, threshold_epsilon, mitigation_lambda
     given: dict[str, Tensor] = {}
     lines = []
     for graft in grafts:
         if graft.tied is None:
-            values = dict(graft.params)
+            method = graft.method
+            values = {name: method.packed(name, t) for name, t in graft.params.items()}
             if not graft.method.rides:
-                count, pair = _mitigated(graft, top_k, threshold_epsilon, mitigation_lambda)
+                count, pair = _mitigated(graft, values, *options)
                 values |= pair
                 lines.append(f"{graft.site}: {f'Intruders: {count}' if count else 'No intruders'}")
             given |= {
@@ -86,25 +88,32 @@ def reduce_intruder_dimension(
 
 
 def _mitigated(
-    graft: Graft, top_k: int, epsilon: float, kept: float
+    graft: Graft, values: dict[str, Tensor], top_k: int, epsilon: float, kept: float
 ) -> tuple[int, dict[str, Tensor]]:
-    """How many directions intrude at a site, and the factors without so much of them."""
+    """How many directions intrude at a site, and the new factors, for the config's own scaling.
+
+    Args:
+        values: the adapter's tensors there, as they are saved.
+    """
     site, method = graft.site, cast(Any, graft.method)
     geometry, layer = method.geometry, site.layer
-    A, B = graft.params[method.A], graft.params[method.B]
+    A, B = values[method.A], values[method.B]
+    new = type(method)(site, method.config).scaling
     dtype = torch.promote_types(A.dtype, torch.float32)
     a, b = geometry.pairs(layer, A.to(site.device, dtype), B.to(site.device, dtype))
     W = geometry.as_matrices(layer, site.weight().to(dtype))
     u, s, vh, intrudes = _directions(W, a, b, method.scaling, top_k, epsilon)
     count = int(intrudes.sum())
     if not count:
-        return 0, {}
+        return 0, {} if new == method.scaling else {method.B: B * (method.scaling / new)}
     # Where one expert has fewer intruders than another, the rest of its rows count for nothing.
-    loss = (kept - 1) * s * intrudes / method.scaling
+    loss = (kept - 1) * s * intrudes / new
     cut = svd.of_factors(
-        torch.cat([a, vh], 1), torch.cat([b, u * loss.unsqueeze(-2)], 2),
-        rank_each(site, len(a), method.rank), Options(),
-    )  # fmt: skip
+        torch.cat([a * (method.scaling / new), vh], 1),
+        torch.cat([b, u * loss.unsqueeze(-2)], 2),
+        rank_each(site, len(a), method.rank),
+        Options(),
+    )
     return count, {name: value.to(A) for name, value in padded(method, _balanced(cut)).items()}
 
 

@@ -84,8 +84,9 @@ def combined(parts: Sequence[Part], rule: Rule, rank: Rank, options: Options) ->
     site, geometry = parts[0].graft.site, parts[0].graft.method.geometry
     layer = site.layer
     dtype = _wide(t for p in parts for t in p.graft.params.values())
-    factors = [_factors(p.graft, dtype, site.device) for p in parts]
-    scales = [p.graft.method.scaling / site.times for p in parts]
+    found = [own_pair(p.graft) for p in parts]
+    factors = [(A.to(site.device, dtype), B.to(site.device, dtype)) for A, B, _ in found]
+    scales = [scale / site.times for _, _, scale in found]
     weights = [p.weight for p in parts]
     total = [w * s for w, s in zip(weights, scales, strict=True)]
     if rule.on == "factors":
@@ -121,14 +122,17 @@ def rank_of(site: Site, a: Tensor) -> int:
 
 def width(graft: Graft) -> int:
     """The rank of what a LoRA does at its site: more than its own where it began elsewhere."""
-    site, method = graft.site, graft.method
-    a, _ = method.geometry.pairs(site.layer, *method.factors(graft.params))  # type: ignore[attr-defined]
-    return rank_of(site, a)
+    A, B, _ = own_pair(graft)
+    a, _ = graft.method.geometry.pairs(graft.site.layer, A, B)
+    return rank_of(graft.site, a)
 
 
-def _factors(graft: Graft, dtype: torch.dtype, device: torch.device) -> Pair:
-    A, B = graft.method.factors(graft.params)  # type: ignore[attr-defined]
-    return A.to(device, dtype), B.to(device, dtype)
+def own_pair(graft: Graft) -> tuple[Tensor, Tensor, float]:
+    """A LoRA's pair as it adds it, whatever a variant does with it, and its scaling."""
+    method: Any = graft.method
+    params = {name: method.packed(name, tensor) for name, tensor in graft.params.items()}
+    found: tuple[Tensor, Tensor, float] | None = method.low_rank(params)
+    return found or (*method.factors(params), method.scaling)
 
 
 def _output_bias(method: Any, parts: Sequence[Part], rule: Rule, options: Options) -> Tensor:
@@ -150,7 +154,7 @@ def _variant_tensors(
 
     A source without the variant has those with which the variant acts as its plain pair does.
     """
-    A, B = parts[0].graft.method.factors(parts[0].graft.params)  # type: ignore[attr-defined]
+    A, B, _ = own_pair(parts[0].graft)
     still = _with_variant(method, (torch.zeros_like(A), torch.zeros_like(B)), 1.0)
     own = [_own_or_made(method, part.graft) for part in parts]
     return {
@@ -166,7 +170,8 @@ def _own_or_made(method: Any, graft: Graft) -> Params:
     lora: Any = graft.method
     if lora.variant is not None and lora.variant.name == method.variant.name:
         return graft.params
-    return _with_variant(method, lora.factors(graft.params), lora.scaling)
+    A, B, scaling = own_pair(graft)
+    return _with_variant(method, (A, B), scaling)
 
 
 def _with_variant(method: Any, pair: Pair, scaling: float) -> dict[str, Tensor]:
