@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 
 TALKERS = ("bitsandbytes", "torchao", "torch.utils._pytree", "transformers", "huggingface_hub")
 
@@ -17,8 +18,10 @@ def hush() -> None:
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for name in TALKERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-    from transformers.utils import logging as chatter
+    if "transformers" in sys.modules:  # which has read the environment by now
+        from transformers.utils import logging as chatter
 
-    chatter.disable_progress_bar()
+        chatter.disable_progress_bar()
