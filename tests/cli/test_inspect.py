@@ -107,3 +107,12 @@ def test_a_mistake_is_one_line(run, adapters, base_dir, tmp_path, verb, argument
     assert err.startswith("multigraft: ")
     assert message in err
     assert len(err.splitlines()) == 1
+
+
+def test_a_warning_is_one_line_too(run, adapters, base_dir):
+    path = adapters[0] / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"future_field": 1}))
+    code, _, err = run("inspect", adapters[0], "--base", base_dir)
+    assert code == 0
+    assert err.startswith("multigraft: warning: adapter_config.json was written by version ")
+    assert len(err.splitlines()) == 1

@@ -14,7 +14,7 @@ from multigraft.cli.doctor import doctor
 from multigraft.cli.inspect import inspect
 from multigraft.cli.interrupted import EXIT_CODE, Interrupted
 from multigraft.cli.quickstart import quickstart
-from multigraft.cli.quiet import hush
+from multigraft.cli.quiet import hush, one_line_warnings
 from multigraft.cli.report import report
 from multigraft.cli.targets import targets
 from multigraft.cli.train import train
@@ -37,7 +37,8 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command; its exit code."""
     hush()
     try:
-        app(args=list(arguments), prog_name="multigraft")
+        with one_line_warnings():
+            app(args=list(arguments), prog_name="multigraft")
     except SystemExit as end:
         if end.code == EXIT_CODE:  # typer's answer to Ctrl-C, before there was anything to save
             print("multigraft: interrupted; nothing was saved.", file=sys.stderr)

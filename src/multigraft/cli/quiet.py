@@ -5,6 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from multigraft.errors import MultigraftWarning
 
 TALKERS = ("bitsandbytes", "torchao", "torch.utils._pytree", "transformers", "huggingface_hub")
 
@@ -25,3 +31,19 @@ def hush() -> None:
         from transformers.utils import logging as chatter
 
         chatter.disable_progress_bar()
+
+
+@contextmanager
+def one_line_warnings() -> Iterator[None]:
+    """Show our own warnings as a line each, without the place in the code that gave them."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, MultigraftWarning):
+                print(f"multigraft: warning: {message}", file=sys.stderr)
+            else:
+                usual(message, category, *where, **more)
+
+        warnings.showwarning = show
+        yield
