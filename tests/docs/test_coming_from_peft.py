@@ -16,6 +16,7 @@ from tests.docs import rows_structure  # noqa: E402, F401, I001
 from tests.docs import rows_state  # noqa: E402, F401
 from tests.docs import rows_combine  # noqa: E402, F401
 from tests.docs import rows_variants  # noqa: E402, F401
+from tests.docs import rows_initialisations  # noqa: E402, F401
 from tests.docs import rows_files  # noqa: E402, F401
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "coming-from-peft.md"
