@@ -23,6 +23,9 @@ class Net(nn.Module):
         self.layers = nn.ModuleList([Block(), Block(), Block()])
         self.head = nn.Linear(8, 12, bias=False)
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.words
+
 
 def net(seed: int = 0) -> Net:
     torch.manual_seed(seed)

@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 import pytest
 from safetensors.torch import load_file, save_file
 
+from multigraft import LNTuningConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from multigraft.report import collect, page
 from tests.inspection.adapters import net, write
 from tests.report.conftest import write_full
@@ -195,6 +196,36 @@ def test_figures_stand_in_the_page(pair):
     assert f">{100 * each.relative:.2g} %<" in text
     for site in each.sites.values():
         assert f">{site.norm:#.3g}<" in text
+
+
+ODD = {
+    "new": LoraConfig(target_modules=["up"]),
+    "one number a site": LoraConfig(r=1, target_modules=["0.up"]),
+    "tokens": PromptTuningConfig(num_virtual_tokens=3, token_dim=8),
+    "norms": LNTuningConfig(target_modules=["head"]),
+    "an embedding": LoraConfig(target_modules=["words"]),
+    "dora": LoraConfig(target_modules=["up"], use_dora=True),
+    "biases": LoraConfig(target_modules=["up"], bias="all", lora_bias=True),
+}
+
+
+@pytest.mark.parametrize("with_base", [False, True], ids=["alone", "on its base"])
+@pytest.mark.parametrize("config", ODD.values(), ids=ODD.keys())
+def test_odd_adapters_still_make_a_page(tmp_path, config, with_base):
+    model = get_peft_model(net(), config)
+    model.save_pretrained(tmp_path / "a")
+    found = Page(page(collect([tmp_path / "a"], base=net() if with_base else None)))
+    assert "a" in found.texts["bdi"]
+
+
+def test_values_that_are_not_finite_are_said_to_be(pair):
+    path = pair[0] / "adapter_model.safetensors"
+    held = load_file(path)
+    held["base_model.model.layers.0.up.lora_A.weight"][0, 0] = float("nan")
+    save_file(held, path, {"format": "pt"})
+    found = Page(page(collect(pair)))
+    assert "not finite" in found.texts["td"]
+    assert not any("nan" in text.lower() for text in found.texts["main"])
 
 
 def test_one_adapter_has_no_switch_and_no_similarity(pair):

@@ -127,7 +127,14 @@ def _attached(base: nn.Module, files: AdapterFiles) -> Iterator[list[Graft]]:
     tuner = Tuner(base)
     name = "inspected"
     try:
-        load_into(tuner, files.folder, name, autocast=False, config=files.config)
+        load_into(
+            tuner,
+            files.folder,
+            name,
+            autocast=False,
+            config=files.config,
+            allow_pickle=files.is_pickle,
+        )
         yield [graft for _, graft in tuner.roster.grafts(name)]
     finally:
         tuner.unload()

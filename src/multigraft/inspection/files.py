@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from multigraft.atomic import recover
 from multigraft.checkpoint import locate, locate_weights, read
 from multigraft.config import CONFIG_NAME, PeftConfig
 from multigraft.errors import CheckpointError
-from multigraft.reading import read_config
+from multigraft.reading import PICKLE_NAME, read_config
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,14 +25,14 @@ class AdapterFiles:
 
     Args:
         name: the last part of where it lies.
-        folder: where its weights lie.
+        weights: the file of its tensors.
         values: its config, as it stands there.
         tensors: by key relative to the base model.
-        bytes: of its weights' file.
+        bytes: of that file.
     """
 
     name: str
-    folder: Path
+    weights: Path
     values: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     bytes: int
@@ -47,6 +47,16 @@ class AdapterFiles:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return PeftConfig.from_dict(self.values)
+
+    @property
+    def folder(self) -> Path:
+        """Where the file lies, and the config beside it."""
+        return self.weights.parent
+
+    @property
+    def is_pickle(self) -> bool:
+        """Whether it was a pickle that one was allowed to read."""
+        return self.weights.name == PICKLE_NAME
 
     @property
     def parameters(self) -> int:
@@ -71,7 +81,7 @@ def read_adapter(source: str | os.PathLike[str], *, allow_pickle: bool = False) 
     path = locate_weights(source)
     tensors = read(path, allow_pickle=allow_pickle)
     name = folder.resolve().name if folder.is_dir() else str(source)
-    return AdapterFiles(name, path.parent, values, tensors, path.stat().st_size)
+    return AdapterFiles(name, path, values, tensors, path.stat().st_size)
 
 
 def folders_in(folder: Path) -> list[Path]:
@@ -106,5 +116,5 @@ def _named_apart(found: list[AdapterFiles]) -> list[AdapterFiles]:
     for each in found:
         counts[each.name] = number = counts.get(each.name, 0) + 1
         name = each.name if number == 1 else f"{each.name} ({number})"
-        named.append(AdapterFiles(name, each.folder, each.values, each.tensors, each.bytes))
+        named.append(replace(each, name=name))
     return named

@@ -57,6 +57,7 @@ def verify(model: nn.Module) -> Report:
 
 
 def lines(found: tuple[Violation, ...], prefix: str) -> Iterator[str]:
+    """A text for each group of findings that differ in an index of their path alone."""
     alike: dict[tuple[str, ...], list[str]] = {}
     for each in found:
         shape = _INDEX.sub(r"\1*", each.path)

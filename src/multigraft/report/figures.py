@@ -21,8 +21,8 @@ from multigraft.inspection.change import Change
 
 LARGEST_DENSE = 2048
 """The smaller side of a matrix without factors up to which its spectrum is computed."""
-DIRECTIONS = 64
-"""How many directions of a change are kept to compare it with others."""
+DIRECTIONS = 128
+"""How many directions of a change, the strongest, are kept to compare it with others."""
 NEGLIGIBLE = 1e-6
 """Singular values below this share of the largest are rounding."""
 
