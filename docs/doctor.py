@@ -143,6 +143,7 @@ value, what is required and the remedy, and in bounded time and memory:
 - names like paths to other folders, and names that are not printable;
 - configs of more than {config} MiB, of more than {depth} levels, with a key twice, or with values
   of other types than their fields;
+- expressions whose matching could take for ever, such as `(a+)+b` or `.*.*.*.*x`;
 - symbolic links out of the adapter's folder (the hub's cache may link to its own blobs), and what
   is no regular file;
 - notes of an interrupted save that name files outside the folder.

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -317,7 +318,12 @@ def pattern_value(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
 
 def matching_pattern(patterns: Mapping[str, Any], path: str) -> str | None:
     """The first key of ``patterns`` that matches ``path``, or None."""
-    return next((k for k in patterns if re.match(rf"(.*\.)?({k})$", path)), None)
+    return next((k for k in patterns if _compiled(k).match(path)), None)
+
+
+@lru_cache(1 << 16)  # a pattern for each of many experts, looked up at each of them
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def check_patterns(where: str, name: str, patterns: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from types import UnionType
 from typing import Any, TypeVar
 
 from multigraft.errors import ConfigError, MultigraftError
+from multigraft.expressions import slow
 
 T = TypeVar("T")
 FORMAT_VERSION = "0.21.2"
@@ -68,9 +69,10 @@ def check_ranges(name: str, value: Any) -> list[list[int]] | None:
 
 
 def check_regex(field_name: str, pattern: str) -> None:
-    """Raise `ConfigError` unless ``pattern`` is a regular expression."""
+    """Raise `ConfigError` unless ``pattern`` is a regular expression that ends in good time."""
     try:
         re.compile(pattern)
+        reason = slow(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         remedy = f"Where it is meant literally, write {re.escape(pattern)!r}."
         if field_name in ("target_modules", "exclude_modules"):
@@ -79,6 +81,11 @@ def check_regex(field_name: str, pattern: str) -> None:
             f"`{field_name}` (={pattern!r}) is read as a regular expression and is not one "
             f"({error}). {remedy}"
         ) from error
+    if reason:
+        raise ConfigError(
+            f"`{field_name}` (={pattern!r}) is an expression that could take for ever: {reason}. "
+            "Write it without a repetition in a repetition; a single `.*` is often enough."
+        )
 
 
 def built(config_class: type[T], values: Mapping[str, Any]) -> T:

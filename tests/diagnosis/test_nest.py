@@ -166,6 +166,18 @@ def test_what_peft_saves_of_a_nest_today_is_made_plain(tmp_path: Path) -> None:
     torch.testing.assert_close(output(loaded(folder), "default"), wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_a_whole_models_state_is_mended_in_one_go(tmp_path: Path) -> None:
+    model = nest()
+    held = {key: t.clone() for key, t in model.state_dict().items()}
+    folder = save(model, tmp_path, held)
+    found = doctor(folder, nets.net(), un_nest=True, fix=True, adapter_name="default")
+    assert found.is_healthy, str(found)
+    assert len(tensors(folder)) == 8
+    wanted = output(model, "default", "second")
+    mended = output(loaded(folder, "second"), "default", "second")
+    torch.testing.assert_close(mended, wanted, rtol=1e-5, atol=1e-5)
+
+
 def below_base_layers(model: Any) -> dict[str, Tensor]:
     """An adapter as it was saved where it lay in the base layers of another one's wrappers."""
     held = peft.get_peft_model_state_dict(model)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def doctor(
         refusals = [Finding("nested adapters", patient.where, *_parted(str(error)))]
         treatment = Treatment(_copy(patient.values), _copy(patient.tensors))
     if fix:
-        fixed(patient, treatment)
+        fixed(replace(patient, values=treatment.values, tensors=treatment.tensors), treatment)
     if patient.others and (fix or treatment.done):
         others = ", ".join(f"`{name}`" for name in patient.others)
         treatment.done.append(f"left out the tensors of {others}")
@@ -93,8 +94,9 @@ def _diagnosed(
     patient: Patient, refusals: Sequence[Finding] = (), done: Sequence[str] = ()
 ) -> Diagnosis:
     found = [*refusals, *patient.failures]
+    told = {each.law for each in refusals}
     for _, check in CHECKS.items():
-        found += check(patient)
+        found += (each for each in check(patient) if each.law not in told)
     return Diagnosis(
         source=patient.source,
         findings=tuple(each for each in found if not each.is_note),

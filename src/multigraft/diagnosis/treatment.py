@@ -56,10 +56,10 @@ def fixed(patient: Patient, treatment: Treatment) -> None:
     path = patient.weights_path
     if path is not None and path.suffix in PICKLE_ENDINGS:
         treatment.done.append(f"{path.name}: written as safetensors")
-    extra = strangers(patient)
+    extra = set(strangers(patient))
     if is_whole_model(patient, extra):
         treatment.done.append(
-            f"left out {counted(len(extra), 'tensor')} of the base, `{extra[0]}` first"
+            f"left out {counted(len(extra), 'tensor')} of the base, `{min(extra)}` first"
         )
         tensors = {name: t for name, t in tensors.items() if name not in extra}
     treatment.tensors = tensors

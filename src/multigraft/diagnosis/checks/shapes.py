@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
@@ -158,7 +158,7 @@ def strangers(patient: Patient) -> list[str]:
     return names
 
 
-def is_whole_model(patient: Patient, names: list[str]) -> bool:
+def is_whole_model(patient: Patient, names: Iterable[str]) -> bool:
     """Whether these are a whole model's own tensors, with its adapted layers among them.
 
     Single ones may have been trained: PEFT saves embeddings that were resized.
