@@ -197,6 +197,9 @@ class AdaptedLayer(LayerFacade, nn.Module):
             y = functional_call(layer, self._rebound(plan, layer), (seen, *args), kwargs)
         else:
             y = layer(seen, *args, **kwargs)
+        more: tuple[Any, ...] | None = None
+        if plan.deltas and isinstance(y, tuple):  # Megatron's layers give their bias beside
+            y, more = y[0], y[1:]
         base = None
         if plan.needs_base:
             base = y if plan.is_additive else self.base_layer(x, *args, **kwargs)
@@ -205,7 +208,7 @@ class AdaptedLayer(LayerFacade, nn.Module):
         for graft in plan.deltas:
             where = self.where(graft, x) if plan.by_token else None
             y = graft.add(y, x, self.training, base, where)
-        return y
+        return y if more is None else (y, *more)
 
     def where(self, graft: Graft, x: Tensor) -> Tensor | None:
         """Where this graft acts, as `Spans.where` says it; None for everywhere.

@@ -43,6 +43,8 @@ class Geometry:
     """Whether the weight is stored ``(in, out)``; files say it as ``fan_in_fan_out``."""
     takes_rows: ClassVar[bool] = True
     """Whether the layer's input has the batch's rows, one after another."""
+    plain_only: ClassVar[bool] = False
+    """Whether nothing but a plain low-rank pair can act here."""
     factors: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
     """Names of a low-rank pair's tensors, in memory and on disk."""
 

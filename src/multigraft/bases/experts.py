@@ -32,7 +32,7 @@ class Experts(Geometry):
 
     def tells_rows(self, layer: nn.Module) -> bool:
         # Others are given tokens that somebody has sorted by expert.
-        return _takes_choices(type(layer))
+        return _takes_choices(cast(Any, type(layer)))
 
     def sizes(self, layer: nn.Module) -> tuple[int, int]:
         """``(in, out)`` of one expert."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from multigraft import initialisations
+from multigraft.bases import serve_megatron
 from multigraft.config import (
     PeftType,
     TargetedConfig,
@@ -57,6 +58,8 @@ class LoraConfig(TargetedConfig):
             ends of dotted paths (``experts.gate_up_proj``); matrices, and experts' stacks of them.
         trainable_token_indices: tokens whose embeddings are trained as well: of the input
             embedding, or a dictionary from names of modules to theirs.
+        megatron_config, megatron_core: for layers of a Megatron core of your own
+            (`multigraft.bases.megatron`); those of ``megatron.core`` need neither.
         layer_replication: ranges of layers that the model has then (`multigraft.replication`).
         ensure_weight_tying: modules that share an embedding's weight share its adapter as well.
         use_dora: decompose the weight into magnitude and direction (`multigraft.variants.dora`).
@@ -102,7 +105,6 @@ class LoraConfig(TargetedConfig):
 
     _not_saved: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
     _unbuilt: ClassVar[Mapping[str, Any]] = {
-        "megatron_config": None,
         "runtime_config": {"ephemeral_gpu_offload": False},
     }
 
@@ -144,7 +146,10 @@ class LoRA(Method):
     """LoRA at one site: constants from the config, tensors named by the geometry."""
 
     prefix = "lora_"
-    geometries = frozenset({"linear", "conv1d_transposed", "conv", "embedding", "experts"})
+    geometries = frozenset(
+        {"linear", "conv1d_transposed", "conv", "embedding", "experts"}
+        | {"megatron_column", "megatron_row"}
+    )
 
     def __init__(self, site: Site, config: LoraConfig) -> None:
         super().__init__(site, config)
@@ -173,12 +178,15 @@ class LoRA(Method):
             self.identity_at_init = self.variant.identity_at_init
             self.trains_as_pair = self.variant.trains_as_pair(self)
             refusal = refusal or self.variant.refusal(self)
+        refusal = refusal or self._plain_refusal()
         refusal = refusal or self._tie_refusal() or self._bias_refusal()
         if refusal:
             raise TargetError(f"LoRA cannot adapt {site}: {refusal}.")
 
     @classmethod
     def complete(cls, config: LoraConfig, model: nn.Module) -> None:
+        if config.megatron_config:
+            serve_megatron(config.megatron_core)
         chosen = variant_for(config)
         refusal = None if chosen is None else chosen.model_refusal(config, model)
         if refusal:
@@ -187,6 +195,15 @@ class LoRA(Method):
     @property
     def title(self) -> str:
         return self.name if self.variant is None else f"{self.name} ({self.variant.name})"
+
+    def _plain_refusal(self) -> str | None:
+        """Why more than a plain pair cannot be had here, or ``None``."""
+        is_plain = self.variant is None and not self.bias and not self.start.takes_out
+        if is_plain or not self.geometry.plain_only:
+            return None
+        what = "`lora_bias`" if self.bias else "`init_lora_weights`"
+        what = what if self.variant is None else f"the variant {self.variant.name}"
+        return f"{what} cannot be had on shards of a weight; leave it out"
 
     def _tie_refusal(self) -> str | None:
         """Why this site cannot share an embedding's pair, or ``None``."""
