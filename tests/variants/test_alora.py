@@ -241,6 +241,31 @@ def test_a_mixed_batch_is_row_by_row() -> None:
             assert torch.equal(written[row], alone[row])
 
 
+@pytest.mark.parametrize("rule", ["cat", "linear", "svd"])
+def test_those_of_one_invocation_combine_as_in_peft(rule: str) -> None:
+    ours, theirs = both()
+    add(ours, "other", 1)
+    state = multigraft.get_peft_model_state_dict(ours, adapter_name="other")
+    with quiet():
+        theirs.add_adapter("other", peft.LoraConfig(**OPTIONS))
+        peft.set_peft_model_state_dict(theirs, state, "other")
+        for model in (ours, theirs):
+            model.add_weighted_adapter(["default", "other"], [0.7, 0.4], "sum", rule)
+            model.base_model.set_adapter(["sum"])
+    near(ours.eval()(IDS).logits, theirs.eval()(IDS).logits)
+    assert torch.equal(ours(IDS[1:2]).logits, base()(IDS[1:2]).logits)
+
+
+@pytest.mark.parametrize("tokens", [[7], None])
+def test_those_of_different_invocations_do_not(tokens: list[int] | None) -> None:
+    """PEFT gives the result the first one's."""
+    ours = ours_alone()
+    add(ours, "other", 1, alora_invocation_tokens=tokens)
+    with pytest.raises(multigraft.UnsupportedError, match="act from different tokens of a row on"):
+        ours.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum", "cat")
+    assert "sum" not in ours.peft_config
+
+
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
 def test_checkpointed_training_has_the_same_gradients(reentrant: bool) -> None:
     """Also when the second call comes before the first one's backward pass, which PEFT refuses."""

@@ -50,6 +50,7 @@ def lora_like(configs: Sequence[Any], ranks: Mapping[Site, int]) -> Any:
     config.r, config.rank_pattern = patterns(targets, targets)
     config.lora_alpha, config.alpha_pattern = config.r, dict(config.rank_pattern)
     config.use_dora = any(getattr(c, "use_dora", False) for c in configs)
+    config.alora_invocation_tokens = getattr(configs[0], "alora_invocation_tokens", None)
     config.lora_bias = any(getattr(c, "lora_bias", False) for c in configs)
     config.target_parameters = _union(getattr(c, "target_parameters", None) for c in configs)
     config.bias = _one(configs, "bias", "none")

@@ -54,6 +54,7 @@ def add_weighted(
     roster.require(request.adapters)
     configs = [roster.configs[adapter] for adapter in request.adapters]
     _check_kinds(request, configs)
+    _check_invocations(request, configs)
     sources = gather(tuner, request.adapters, request.weights)
     loras = _loras(tuner, sources)
     _check_sources(request, sources)
@@ -152,6 +153,17 @@ def _check_kinds(request: Request, configs: Sequence[Any]) -> None:
                 "combined, or IA3 among themselves. Activate several adapters at once instead, "
                 "with set_adapter([…])."
             )
+
+
+def _check_invocations(request: Request, configs: Sequence[Any]) -> None:
+    """Refuse adapters that act on different tokens: no one adapter acts on both."""
+    found = [getattr(config, "alora_invocation_tokens", None) for config in configs]
+    if any(tokens != found[0] for tokens in found):
+        named = ", ".join(f"`{a}` {t}" for a, t in zip(request.adapters, found, strict=True))
+        raise UnsupportedError(
+            f"{WHERE}: the adapters act from different tokens of a row on (`alora_invocation_"
+            f"tokens`: {named}). Activate them together instead, with set_adapter([…])."
+        )
 
 
 def _check_sources(request: Request, sources: Sources) -> None:

@@ -28,6 +28,7 @@ class ALora(Variant):
 
     by_token = True
     mergeable = False
+    combines = True  # what reads the same tokens adds up
 
     @classmethod
     def selected(cls, config: Any) -> bool:
