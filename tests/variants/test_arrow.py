@@ -25,7 +25,6 @@ from multigraft import (
     create_arrow_model,
 )
 from multigraft.variants.arrow import prototype
-from tests.laws import fingerprint
 from tests.methods.against_peft import near
 from tests.oracle import quiet
 from tests.variants.test_alora import IDS, base
@@ -257,59 +256,11 @@ def test_the_users_config_is_not_changed(tmp_path: Path) -> None:
     assert config == ArrowConfig()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"target_modules": ["q_proj"]}, "do not act on the same layers"),
-        ({"use_dora": True}, r"more than one plain pair .*\(dora\)"),
-        ({"target_modules": ["embed_tokens"]}, "more than one plain pair at a linear layer"),
-    ],
-)
-def test_experts_that_cannot_be_routed_to_leave_the_model_as_it_was(
-    options: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    tasks = save_adapters(tmp_path, [0]) + save_adapters(tmp_path, [1], **options)
-    model = base()
-    before = fingerprint(model)
-    with pytest.raises(UnsupportedError, match=message):
-        create_arrow_model(model, tasks, ArrowConfig())
-    assert fingerprint(model) == before
-
-
-def test_a_failure_keeps_the_adapters_that_were_there(tmp_path: Path) -> None:
-    tasks = save_adapters(tmp_path, [0, 1])
-    model = PeftModel.from_pretrained(base(), tasks[0], "mine")
-    with pytest.raises(multigraft.CheckpointError):
-        create_arrow_model(model, [*tasks, str(tmp_path / "absent")], ArrowConfig())
-    assert list(model.peft_config) == ["mine"]
-    assert model.active_adapters == ["mine"]
-
-
-def test_general_adapters_of_another_rank_are_refused(tmp_path: Path) -> None:
-    tasks, general = save_adapters(tmp_path, [0]), save_adapters(tmp_path, [4], r=2)
-    with pytest.raises(UnsupportedError, match=r"ranks differ \(\[2, 4\]\)"):
-        create_arrow_model(base(), tasks, ArrowConfig(use_gks=True), general)
-
-
 def test_experts_may_differ_in_rank(tmp_path: Path) -> None:
     """PEFT refuses them."""
     tasks = save_adapters(tmp_path, [0]) + save_adapters(tmp_path, [1], r=2)
     model = create_arrow_model(base(), tasks, ArrowConfig()).eval()
     assert (model(IDS).logits - base()(IDS).logits).abs().max() > 0.1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (([], ArrowConfig()), "`task_specific_adapter_paths`"),
-        (("one", ArrowConfig()), "`task_specific_adapter_paths`"),
-        ((["one"], {"top_k": 2}), "`arrow_config`"),
-        ((["one"], ArrowConfig(use_gks=True)), "`general_adapter_paths`"),
-    ],
-)
-def test_arguments_that_mean_nothing_are_refused(arguments: Any, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        create_arrow_model(base(), *arguments)
 
 
 @pytest.mark.parametrize(
