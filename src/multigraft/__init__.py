@@ -65,6 +65,7 @@ from multigraft.tasks import (
     PeftModelForTokenClassification,
 )
 from multigraft.tuner import inject_adapter_in_model
+from multigraft.variants import LoraRuntimeConfig
 from multigraft.variants.arrow import ArrowConfig
 from multigraft.variants.bdlora import BdLoraConfig
 from multigraft.variants.kasa import KasaConfig
@@ -95,6 +96,7 @@ __all__ = [
     "LoftQConfig",
     "LoraConfig",
     "LoraGAConfig",
+    "LoraRuntimeConfig",
     "MergeError",
     "MissingExtraError",
     "MontecloraConfig",

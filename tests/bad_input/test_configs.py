@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import torch
 from torch import nn
 
 from multigraft import (
+    AdaLoraConfig,
     ConfigError,
     LoraConfig,
+    LoraRuntimeConfig,
     MultigraftError,
     MultigraftWarning,
     PeftConfig,
@@ -123,24 +126,27 @@ BUILT = {
 COMPANIONS = {"qalora_group_size": "use_qalora", "megatron_core": "megatron_config"}
 """Fields that mean nothing unless another one is set, which is refused."""
 
-unbuilt = pytest.mark.parametrize("field", sorted(LoraConfig._unbuilt))
+unbuilt = pytest.mark.parametrize("field", sorted(AdaLoraConfig._unbuilt))
+"""AdaLoRA's config has all of LoRA's fields, in PEFT too, and not all of them mean something."""
 
 
 @unbuilt
 def test_an_option_of_peft_that_is_not_built_is_refused_by_name(field: str) -> None:
+    value = SET_VALUES.get(field, True)
     with pytest.raises(ConfigError) as caught:
-        LoraConfig(target_modules=["up"], **{field: SET_VALUES[field]})
+        AdaLoraConfig(target_modules=["up"], total_step=9, **{field: value})
     message = str(caught.value)
-    assert f"`{field}` (={SET_VALUES[field]!r})" in message
-    assert f"Leave it at {LoraConfig._unbuilt[field]!r}" in message
+    assert f"`{field}` (={value!r})" in message
+    assert f"Leave it at {AdaLoraConfig._unbuilt[field]!r}" in message
 
 
 @unbuilt
 def test_a_file_that_sets_an_option_that_is_not_built_is_refused_by_name(
     field: str, tmp_path: Path
 ) -> None:
-    get_peft_model(nets.net(), LoraConfig(r=2, target_modules=["up"])).save_pretrained(tmp_path)
-    rewrite(tmp_path, {field: SET_VALUES[field]})
+    config = AdaLoraConfig(init_r=2, target_modules=["up"], total_step=9)
+    get_peft_model(nets.net(), config).save_pretrained(tmp_path)
+    rewrite(tmp_path, {field: SET_VALUES.get(field, True)})
     model = nets.net()
     before = nets.known(model)
     with pytest.raises(ConfigError, match=f"`{field}`"):
@@ -150,15 +156,28 @@ def test_a_file_that_sets_an_option_that_is_not_built_is_refused_by_name(
 
 @unbuilt
 def test_the_neutral_value_of_an_option_that_is_not_built_is_accepted(field: str) -> None:
-    fields = {f.name: f for f in dataclasses.fields(peft.LoraConfig)}
+    fields = {f.name: f for f in dataclasses.fields(peft.AdaLoraConfig)}
     default = fields[field].default
     default = fields[field].default_factory() if default is dataclasses.MISSING else default
-    assert getattr(LoraConfig(**{field: default}), field) == default
+    assert getattr(AdaLoraConfig(total_step=9, **{field: default}), field) == default
 
 
-@pytest.mark.parametrize("off", [{"ephemeral_gpu_offload": False}, {"a": False, "b": 0}, {}, None])
-def test_a_runtime_config_with_no_flag_set_is_accepted(off: object) -> None:
-    assert LoraConfig(runtime_config=off).runtime_config == off
+@pytest.mark.parametrize("off", [{"ephemeral_gpu_offload": False}, {}, None, LoraRuntimeConfig()])
+def test_a_runtime_config_may_be_said_in_any_way(off: Any) -> None:
+    assert LoraConfig(runtime_config=off).runtime_config == LoraRuntimeConfig()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ({"ephemeral_gpu": True}, "no option `ephemeral_gpu`. Nearest: `ephemeral_gpu_offload`"),
+        ({"ephemeral_gpu_offload": "yes"}, "`ephemeral_gpu_offload` (='yes') must be True or"),
+        (3, "`runtime_config` (=3) must be a LoraRuntimeConfig, or a dictionary"),
+    ],
+)
+def test_a_runtime_config_that_means_nothing_is_refused(value: Any, text: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        LoraConfig(runtime_config=value)
 
 
 @pytest.mark.parametrize("field", ["eva_config", "arrow_config", "loftq_config"])
@@ -171,10 +190,9 @@ def test_every_field_of_the_installed_peft_is_built_or_refused_or_a_companion() 
     theirs = {f.name for f in dataclasses.fields(peft.LoraConfig)}
     ours = {f.name for f in dataclasses.fields(LoraConfig)}
     assert theirs - ours == set()
-    settled = BUILT | set(LoraConfig._unbuilt) | set(COMPANIONS)
-    built_since = {name for name in SET_VALUES if name not in LoraConfig._unbuilt}
-    assert theirs - settled - built_since == set()
-    assert set(COMPANIONS.values()) <= set(LoraConfig._unbuilt) | built_since
+    assert theirs - BUILT - set(COMPANIONS) - set(SET_VALUES) == set()
+    assert set(COMPANIONS.values()) <= set(SET_VALUES)
+    assert LoraConfig._unbuilt == {}
 
 
 def test_an_unknown_field_of_the_constructor_is_a_type_error() -> None:

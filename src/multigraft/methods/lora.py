@@ -33,7 +33,7 @@ from multigraft.errors import TargetError
 from multigraft.fields import check_ranges
 from multigraft.methods.contract import Method, Params, TensorSpec, method, writable
 from multigraft.site import Site
-from multigraft.variants import check_options, variant_for
+from multigraft.variants import LoraRuntimeConfig, check_options, runtime_of, variant_for
 
 
 @dataclass
@@ -96,7 +96,7 @@ class LoraConfig(TargetedConfig):
     qalora_group_size: int = 16
     monteclora_config: Any = None
     layer_replication: list[list[int]] | None = None
-    runtime_config: Any = None
+    runtime_config: Any = field(default_factory=LoraRuntimeConfig)
     target_parameters: list[str] | None = None
     use_bdlora: Any = None
     arrow_config: Any = None
@@ -104,9 +104,6 @@ class LoraConfig(TargetedConfig):
     ensure_weight_tying: bool = False
 
     _not_saved: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
-    _unbuilt: ClassVar[Mapping[str, Any]] = {
-        "runtime_config": {"ephemeral_gpu_offload": False},
-    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,6 +127,7 @@ class LoraConfig(TargetedConfig):
         is_share = isinstance(p, (int, float)) and 0.0 <= p < 1.0
         require(is_share, where, "lora_dropout", p, "a number of at least 0 and below 1")
         check_choice(where, "bias", self.bias, ("none", "all", "lora_only"))
+        self.runtime_config = runtime_of(self.runtime_config)
         check_options(self)
         initialisations.settle_options(self)
 

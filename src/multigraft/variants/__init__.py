@@ -12,10 +12,12 @@ from multigraft.variants import (
     qalora,
     velora,
 )
+from multigraft.variants._runtime import LoraRuntimeConfig, runtime_of
 from multigraft.variants.contract import VARIANTS, Variant, check_options, variant, variant_for
 
 __all__ = [
     "VARIANTS",
+    "LoraRuntimeConfig",
     "Variant",
     "alora",
     "arrow",
@@ -27,6 +29,7 @@ __all__ = [
     "mica",
     "monteclora",
     "qalora",
+    "runtime_of",
     "variant",
     "variant_for",
     "velora",

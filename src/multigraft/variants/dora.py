@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from multigraft import kernels
 from multigraft.methods.contract import Method, Params, TensorSpec
 from multigraft.variants._memo import Memo
+from multigraft.variants._runtime import borrowed
 from multigraft.variants.contract import Variant, variant
 
 MAGNITUDE = "lora_magnitude_vector.weight"
@@ -67,8 +68,11 @@ class DoRA(Variant):
 
     def reset(self, lora: Method, params: Params) -> None:
         m = params[MAGNITUDE]
-        if not m.is_meta:
-            m.copy_(_norm(lora, params).reshape(m.shape))
+        if m.is_meta:
+            return
+        device = borrowed(lora.config, m.device)
+        norm = _norm(lora, params) if device is None else _norm_on(device, lora, params)
+        m.copy_(norm.reshape(m.shape))
 
     def with_base(
         self,
@@ -142,6 +146,13 @@ def _norm(lora: Method, params: Params) -> Tensor:
             return _adapted_norm(lora, params, W, own)
 
     return norms.whole.get(compute, trained, stored, lora.scaling)
+
+
+def _norm_on(device: torch.device, lora: Method, params: Params) -> Tensor:
+    """The same, computed on another device, of which nothing is kept there."""
+    W = lora.site.weight().to(device)
+    there = {name: tensor.to(device) for name, tensor in params.items()}
+    return _adapted_norm(lora, there, W, _square(lora, W))
 
 
 def _stored(layer: nn.Module, name: str) -> Tensor | None:
