@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import multigraft
-from multigraft import ConfigError, RoutingError, StateError
+from multigraft import ConfigError, RoutingError, StateError, UnsupportedError
 from tests.docs.comparison import Raises, graft, llama, near, row
 
 INVOKED = torch.tensor([[5, 6, 7, 8], [3, 4, 5, 6]])
@@ -108,6 +108,19 @@ def _(library, folder):
 def _(library, folder):
     model = alora(library, alora_invocation_tokens=[])
     return near(model(PLAIN).logits, base_of(model, PLAIN))
+
+
+@row(
+    "combining aLoRAs of different invocations",
+    peft=[5, 6],
+    ours=Raises(UnsupportedError, "act from different tokens"),
+)
+def _(library, folder):
+    model = alora(library)
+    options = {"task_type": "CAUSAL_LM", "alora_invocation_tokens": [9], "r": 2}
+    model.add_adapter("b", library.LoraConfig(target_modules=["q_proj", "v_proj"], **options))
+    model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum", "cat")
+    return model.peft_config["sum"].alora_invocation_tokens
 
 
 @row("`use_qalora` on layers that are not GPTQ's", peft=8, ours=2)
