@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import multigraft
 from multigraft import ConfigError, RoutingError, StateError, UnsupportedError
-from tests.docs.comparison import Raises, graft, llama, near, row
+from multigraft.variants import monteclora
+from tests.docs.comparison import Raises, X, config, graft, layers, llama, near, net, row
 
 INVOKED = torch.tensor([[5, 6, 7, 8], [3, 4, 5, 6]])
 PLAIN = torch.tensor([[7, 8, 9, 3], [3, 4, 9, 8]])
@@ -224,3 +226,91 @@ def _(library, folder):
     config = library.ArrowConfig()
     library.create_arrow_model(llama(), experts(folder), config)
     return config.task_adapter_names
+
+
+@row("a KaSA adapter, disabled", peft=False, ours=True)
+def _(library, folder):
+    model = graft(library, ["up"], kasa_config={})
+    with model.disable_adapter():
+        return near(model(X), net()(X))
+
+
+@row("KaSA beside adapters without it", peft=Raises(ValueError, "KaSA"), ours=True)
+def _(library, folder):
+    model = graft(library, ["up"], kasa_config={})
+    alone = model(X)
+    model.add_adapter("b", config(library, ["up"]))
+    return near(model(X), alone)
+
+
+@row("the regularisers of KaSA and MonteCLoRA", peft=False, ours=True)
+def _(library, folder):
+    losses = []
+    for options in ({"gamma": 0.0}, {"gamma": 1.0}):
+        torch.manual_seed(0)
+        chosen = {"task_type": "CAUSAL_LM", "kasa_config": options}
+        model = graft(library, ["q_proj"], base=llama().eval(), **chosen).train()
+        losses.append(model(PLAIN, labels=PLAIN).loss)
+    return not near(losses[0], losses[1])
+
+
+@row("MonteCLoRA's divergence of the mixture", peft=False, ours=True)
+def _(library, folder):
+    alpha, prior = torch.tensor([0.4, 1.5, 2.0]), 0.1
+    if library is multigraft:
+        found = monteclora.dirichlet_kl(alpha, prior)
+    else:
+        options = {"num_samples": 3, "dirichlet_prior": prior}
+        model = graft(library, ["up"], monteclora_config=options)
+        found = layers(model)[0].lora_monteclora_sampler["a"].dirichlet_kl(alpha)
+    there = torch.distributions.Dirichlet(torch.full((3,), prior))
+    return near(
+        found, torch.distributions.kl_divergence(torch.distributions.Dirichlet(alpha), there)
+    )
+
+
+@row("MonteCLoRA under gradient checkpointing", peft=False, ours=True)
+def _(library, folder):
+    options = {"sample_scaler": 1.0, "num_samples": 2}
+    model = graft(library, ["up"], monteclora_config=options).train()
+    seen: list[Tensor] = []
+    layers(model)[0].register_forward_hook(lambda *call: seen.append(call[2].detach()))
+    torch.utils.checkpoint.checkpoint(model, X, use_reentrant=False).sum().backward()
+    return len(seen) == 2 and near(*seen)
+
+
+@row("`batch_average_once` of a loaded VeLoRA", peft=False, ours=True)
+def _(library, folder):
+    options = {"init_type": "batch_average_once", "num_groups": 2}
+    model = graft(library, ["up"], "default", velora_config=options).train()
+    model(X)
+    model.save_pretrained(folder)
+    again = library.PeftModel.from_pretrained(net(), folder, is_trainable=True).train()
+    before = {n: b.clone() for n, b in again.named_buffers() if "velora" in n}
+    again(-2 * X[:1])
+    return all(near(b, before[n]) for n, b in again.named_buffers() if "velora" in n)
+
+
+@row('`init_lora_weights="mica"` on a float64 base', peft=Raises(TypeError), ours=True)
+def _(library, folder):
+    model = graft(library, ["up"], base=net().double(), init_lora_weights="mica")
+    return near(model(X.double()), net().double()(X.double()))
+
+
+class Mixture(nn.Module):
+    """Weights of experts in one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stack = nn.Parameter(torch.randn(2, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([x @ W.T for W in self.stack]).sum(0)
+
+
+@row("DoRA on fused experts", peft=Raises(ValueError, "dora"), ours=True)
+def _(library, folder):
+    chosen = {"target_parameters": ["stack"], "use_dora": True}
+    model = graft(library, [], base=nn.Sequential(Mixture()), **chosen)
+    return not near(model(X), nn.Sequential(Mixture())(X))
