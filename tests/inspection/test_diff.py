@@ -106,6 +106,24 @@ def test_other_factors_of_the_same_change_are_seen_as_such(pair):
     assert "changes: equal at all 6 sites, whatever the factors" in str(found)
 
 
+def test_repeats_are_folded_and_equal_changes_stand_apart(pair):
+    a, b = pair
+    held = load_file(b / "adapter_model.safetensors")
+    for key, tensor in held.items():
+        if "lora_B" in key and "layers.1" in key and "up" in key:
+            held[key] = tensor * 3
+        elif "up" in key:
+            held[key] = tensor * (2 if "lora_A" in key else 0.5)
+    save_file(held, b / "adapter_model.safetensors", {"format": "pt"})
+    lines = [" ".join(line.split()) for line in str(diff(a, b)).splitlines()]
+    (first,) = [line for line in lines if line.startswith("~ layers.{0..2}.up.lora_B.weight ×3")]
+    assert first.split()[-2:] == ["2", "1"]  # the largest relative distance, the smallest cosine
+    down, equal, other = [line for line in lines if line.startswith("layers.")]
+    assert equal.startswith("layers.{0,2}.up ×2 ")
+    assert other.startswith("layers.1.up ")
+    assert down.startswith("layers.{0..2}.down ×3 ")
+
+
 def test_another_scaling_of_equal_tensors_is_another_change(pair):
     a, b = pair
     set_config(b, lora_alpha=16)

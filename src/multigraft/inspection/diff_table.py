@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from multigraft.inspection.diff import (
@@ -11,6 +14,7 @@ from multigraft.inspection.diff import (
     FieldDifference,
     TensorDifference,
 )
+from multigraft.inspection.structure import fold
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
 EQUAL = 1e-6
 """Relative distance from which two changes are called equal: float32's rounding."""
 
+_INDEX = re.compile(r"(^|\.)\d+(?=\.|$)")
 _TENSORS = ("", "tensor", "first", "second", "largest", "relative", "cosine")
 _CHANGES = ("change at", "‖first‖", "‖second‖", "‖first - second‖", "relative", "cosine")
 
@@ -26,7 +31,11 @@ Section = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 
 
 def sections(difference: Difference) -> list[Section]:
-    """What differs, part by part; a part in which nothing does is left out."""
+    """What differs, part by part, repeats folded; a part in which nothing does is left out.
+
+    A line that stands for several shows the largest distances among them, the smallest cosine, and
+    norms over all of them.
+    """
     found: list[Section] = []
     if difference.fields:
         found.append(
@@ -34,9 +43,15 @@ def sections(difference: Difference) -> list[Section]:
         )
     if difference.tensors:
         title = f"tensors: {len(difference.tensors)} differ, {difference.same} are the same"
-        found.append((title, _TENSORS, [_tensor(each) for each in difference.tensors]))
+        found.append((title, _TENSORS, [_tensors(each) for each in _alike(difference.tensors)]))
     if difference.changes:
-        found.append((_summary(difference), _CHANGES, [_change(c) for c in difference.changes]))
+        found.append(
+            (
+                _summary(difference),
+                _CHANGES,
+                [_changes(each) for each in _apart(difference.changes)],
+            )
+        )
     return found
 
 
@@ -83,15 +98,49 @@ def _field(each: FieldDifference) -> tuple[str, ...]:
     return (each.key, *(_short(json.dumps(v)) if there else "–" for v, there in values))
 
 
-def _tensor(each: TensorDifference) -> tuple[str, ...]:
-    mark = {"added": "+", "removed": "-"}.get(each.kind, "~")
-    figures = (each.largest, each.relative, each.cosine)
-    return (mark, each.key, each.first or "–", each.second or "–", *map(_figure, figures))
+def _alike(tensors: Iterable[TensorDifference]) -> Iterable[list[TensorDifference]]:
+    """Those that differ in the same way, and in indices of their key alone."""
+    found: dict[tuple[str, ...], list[TensorDifference]] = {}
+    for each in tensors:
+        key = (_INDEX.sub(r"\1*", each.key), each.kind, each.first, each.second)
+        found.setdefault(key, []).append(each)
+    return found.values()
 
 
-def _change(each: ChangeDifference) -> tuple[str, ...]:
-    figures = (each.first, each.second, each.distance, each.relative, each.cosine)
-    return (each.path, *map(_figure, figures))
+def _apart(changes: Iterable[ChangeDifference]) -> Iterable[list[ChangeDifference]]:
+    """Sites that differ in indices of their path alone; those where changes are equal apart."""
+    found: dict[tuple[str, bool], list[ChangeDifference]] = {}
+    for each in changes:
+        key = (_INDEX.sub(r"\1*", each.path), each.relative <= EQUAL)
+        found.setdefault(key, []).append(each)
+    return found.values()
+
+
+def _tensors(alike: Sequence[TensorDifference]) -> tuple[str, ...]:
+    first = alike[0]
+    mark = {"added": "+", "removed": "-"}.get(first.kind, "~")
+    worst = (
+        max((t.largest for t in alike if t.largest is not None), default=None),
+        max((t.relative for t in alike if t.relative is not None), default=None),
+        min((t.cosine for t in alike if t.cosine is not None), default=None),
+    )
+    where = _folded([each.key for each in alike])
+    return (mark, where, first.first or "–", first.second or "–", *map(_figure, worst))
+
+
+def _changes(alike: Sequence[ChangeDifference]) -> tuple[str, ...]:
+    figures = (
+        math.hypot(*(each.first for each in alike)),
+        math.hypot(*(each.second for each in alike)),
+        math.hypot(*(each.distance for each in alike)),
+        max(each.relative for each in alike),
+        min((each.cosine for each in alike if each.cosine is not None), default=None),
+    )
+    return (_folded([each.path for each in alike]), *map(_figure, figures))
+
+
+def _folded(paths: Sequence[str]) -> str:
+    return f"{fold(paths)}  ×{len(paths)}" if len(paths) > 1 else paths[0]
 
 
 def _summary(difference: Difference) -> str:
