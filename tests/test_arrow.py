@@ -12,7 +12,7 @@ import pytest
 import multigraft
 from multigraft import ArrowConfig, ConfigError, PeftModel, UnsupportedError, create_arrow_model
 from tests.laws import fingerprint
-from tests.variants.test_alora import IDS, base
+from tests.variants.invoked import IDS, base
 from tests.variants.test_arrow import save_adapters
 
 

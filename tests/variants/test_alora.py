@@ -1,4 +1,4 @@
-"""aLoRA against PEFT: forwards, gradients, generation; and where PEFT loses the invocation."""
+"""aLoRA against PEFT: forwards, gradients, files, mixed and checkpointed batches."""
 
 from __future__ import annotations
 
@@ -14,78 +14,20 @@ from torch import Tensor
 import multigraft
 from multigraft import ConfigError, LoraConfig, RoutingError, StateError, TargetError
 from multigraft import PeftModel as Ours
-from tests.methods.against_peft import config_at, filled, near, tensors_at
+from tests.methods.against_peft import config_at, near, tensors_at
 from tests.oracle import quiet
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "pad_token_id": 0,
-    "bos_token_id": 38,
-    "eos_token_id": 39,
-}
-INVOCATION = [5, 6]
-OPTIONS: dict[str, Any] = {
-    "r": 4,
-    "lora_alpha": 8,
-    "target_modules": ["q_proj", "v_proj", "down_proj"],
-    "task_type": "CAUSAL_LM",
-    "alora_invocation_tokens": INVOCATION,
-}
-IDS = torch.tensor(
-    [
-        [1, 5, 6, 7, 5, 6, 9, 3],  # twice: the last one counts
-        [1, 2, 3, 4, 7, 8, 9, 3],  # never
-        [5, 6, 1, 2, 3, 4, 4, 5],  # from the first token on, and half of one at the end
-        [0, 0, 0, 1, 2, 3, 5, 6],  # padded on the left, and nothing after it
-        [7, 5, 6, 9, 1, 0, 0, 0],  # padded on the right
-    ]
+from tests.variants.invoked import (
+    IDS,
+    INVOCATION,
+    MASK,
+    OPTIONS,
+    SPANS,
+    add,
+    base,
+    both,
+    last,
+    ours_alone,
 )
-MASK = IDS.ne(0).long()
-SPANS = [4, 0, 8, 2, 7]
-
-
-def base(**more: Any) -> Any:
-    """A tiny causal language model."""
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, **more)).eval()
-
-
-def both(**more: Any) -> tuple[Ours, Any]:
-    """The same filled adapter in both libraries."""
-    options = OPTIONS | more
-    ours = multigraft.get_peft_model(base(), LoraConfig(**options)).eval()
-    with quiet():
-        theirs = peft.get_peft_model(base(), peft.LoraConfig(**options)).eval()
-        state = peft.get_peft_model_state_dict(theirs, save_embedding_layers=False)
-        state = filled(state, 0.3)
-        peft.set_peft_model_state_dict(theirs, state)
-    multigraft.set_peft_model_state_dict(ours, state)
-    return ours, theirs
-
-
-def ours_alone(**more: Any) -> Ours:
-    return both(**more)[0]
-
-
-def add(model: Ours, name: str, seed: int, **options: Any) -> None:
-    """One more filled adapter."""
-    model.add_adapter(name, LoraConfig(**(OPTIONS | options)))
-    state = multigraft.get_peft_model_state_dict(model, adapter_name=name)
-    torch.manual_seed(seed)
-    state = {key: 0.3 * torch.randn_like(value) for key, value in state.items()}
-    multigraft.set_peft_model_state_dict(model, state, name)
-
-
-def last(ids: Tensor, tokens: list[int]) -> int:
-    """The span of one row, spelled out."""
-    row = ids.tolist()
-    starts = [i for i in range(len(row)) if row[i : i + len(tokens)] == tokens]
-    return len(row) - starts[-1] if starts else 0
 
 
 @pytest.mark.parametrize(
@@ -132,60 +74,13 @@ def test_from_the_invocation_on_it_is_plain_lora() -> None:
     assert torch.equal(seen["y"][1], layer.base_layer(seen["x"])[1])
 
 
-@pytest.mark.parametrize("cached", [True, False], ids=["cached", "anew"])
-def test_generation_agrees_with_peft_and_with_itself_without_a_cache(cached: bool) -> None:
-    """Without a cache PEFT's active tokens slide along with what is written."""
-    ours, theirs = both()
-    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": MASK}
-    expected = theirs.generate(input_ids=IDS, **options)
-    assert not torch.equal(expected, base().generate(input_ids=IDS, **options))
-    assert torch.equal(ours.generate(IDS, use_cache=cached, **options), expected)
-
-
-def test_generation_goes_on_from_a_cache_of_the_base() -> None:
-    """What aLoRA is for: the base's cache of all that stands before the invocation."""
+def test_a_block_of_mixed_batches_finds_each_calls_invocations() -> None:
     ours = ours_alone()
-    ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7]])
-    with torch.no_grad(), ours.disable_adapter():
-        cache = ours(ids[:, :3], use_cache=True).past_key_values
-    options = {"max_new_tokens": 5, "do_sample": False}
-    expected = ours.generate(ids, **options)
-    assert torch.equal(ours.generate(ids, past_key_values=cache, **options), expected)
-
-
-@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}])
-def test_beams_follow_their_rows(options: dict[str, int]) -> None:
-    """PEFT refuses beams."""
-    ours = ours_alone()
-    rows = [0, 2, 3]
-    together = ours.generate(
-        IDS[rows], attention_mask=MASK[rows], max_new_tokens=4, do_sample=False, **options
-    )
-    per_row = options.get("num_return_sequences", 1)
-    for place, row in enumerate(rows):
-        alone = ours.generate(
-            IDS[[row]], attention_mask=MASK[[row]], max_new_tokens=4, do_sample=False, **options
-        )
-        assert torch.equal(together[place * per_row : (place + 1) * per_row], alone)
-
-
-def test_a_prompt_may_be_read_in_pieces() -> None:
-    ours = ours_alone()
-    options = {"max_new_tokens": 4, "do_sample": False}
-    expected = ours.generate(IDS[:1], **options)
-    assert torch.equal(ours.generate(IDS[:1], prefill_chunk_size=3, **options), expected)
-
-
-def test_a_loop_of_ones_own_says_where_the_adapter_acts() -> None:
-    ours = ours_alone()
-    whole = torch.tensor([[1, 5, 6, 7, 8, 9], [1, 2, 3, 4, 7, 8]])
     with torch.no_grad():
-        expected = ours(whole).logits[:, -1]
-        cache = ours(whole[:, :-1], use_cache=True).past_key_values
-        with pytest.raises(RoutingError, match=r"goes on from a cache.*`alora_offsets`"):
-            ours(whole[:, -1:], past_key_values=cache)
-        found = ours(whole[:, -1:], past_key_values=cache, alora_offsets=[5, None]).logits
-    near(found[:, -1], expected)
+        expected = ours(IDS).logits
+        with ours.mixed_batch(["default"] * 5):
+            near(ours(IDS).logits, expected)
+            near(ours(IDS.flip(0)).logits, expected.flip(0))
 
 
 def test_offsets_that_are_given_agree_with_peft() -> None:
@@ -338,14 +233,6 @@ def test_files_of_either_load_in_the_other(tmp_path: Path) -> None:
     expected = ours(IDS).logits
     near(there(IDS).logits, expected)
     near(here(IDS).logits, expected)
-
-
-def test_deleting_it_leaves_no_hook_behind() -> None:
-    ours = ours_alone()
-    ours.generate(IDS, max_new_tokens=2)
-    assert not ours.get_base_model()._forward_pre_hooks
-    ours.delete_adapter("default")
-    assert torch.equal(ours(IDS).logits, base()(IDS).logits)
 
 
 @pytest.mark.parametrize("tokens", [[], "ab", [1.0], [-1], [True], 5])

@@ -27,7 +27,7 @@ from multigraft import (
 from multigraft.variants.arrow import prototype
 from tests.methods.against_peft import near
 from tests.oracle import quiet
-from tests.variants.test_alora import IDS, base
+from tests.variants.invoked import IDS, base
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -236,6 +236,14 @@ def test_half_precision_follows_full(tmp_path: Path) -> None:
         half = create_arrow_model(base().bfloat16(), tasks, ArrowConfig()).eval()(IDS).logits
     assert half.dtype == torch.bfloat16
     assert (half - expected).norm() < 0.05 * expected.norm()
+
+
+@torch.no_grad()
+def test_a_compiled_router_has_one_graph(tmp_path: Path) -> None:
+    model = create_arrow_model(base(), save_adapters(tmp_path, [0, 1]), ArrowConfig()).eval()
+    expected = model(IDS).logits
+    torch._dynamo.reset()
+    near(torch.compile(model, fullgraph=True, backend="eager")(IDS).logits, expected)
 
 
 def test_a_router_is_in_order(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import multigraft
 from multigraft import LoraConfig, UnsupportedError
 from multigraft.variants import VARIANTS
 from tests.methods.against_peft import near
-from tests.variants.test_alora import IDS, base
+from tests.variants.invoked import IDS, base
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "alora": {"alora_invocation_tokens": [5, 6]},
