@@ -88,7 +88,7 @@ def label(pair: Pair) -> str:
 
 def page() -> str:
     """The whole page."""
-    chosen = [p for p in pairs() if is_first(p) or "use_dora" in p.options]
+    chosen = [p for p in pairs() if is_first(p) or p.options == {"use_dora": True}]
     dense = [p for p in chosen if p.storage == "float32"]
     linear = [p for p in chosen if p.geometry == "linear"]
     return "\n".join(
