@@ -62,6 +62,7 @@ def merge(
     again = [n for n in names if n in roster.merged]
     if again:
         raise StateError(f"adapters {again} are merged already; unmerge_adapter() takes them out.")
+    roster.need(names)
     layers = roster.touched(names)
     incoming = {id(x): [g for n in names for g in x.grafts.get(n, ())] for x in layers}
     for layer in layers:

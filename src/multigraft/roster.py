@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet, ref
 
 from torch import nn
@@ -25,6 +25,9 @@ from multigraft.requantisation import Loss
 from multigraft.routing import Route
 from multigraft.siblings import Siblings
 from multigraft.spans import Spans
+
+if TYPE_CHECKING:
+    from multigraft.residency import Residency
 
 _LIVE: WeakKeyDictionary[nn.Module, ref[Roster]] = WeakKeyDictionary()
 """Rosters by root; neither is kept alive."""
@@ -62,6 +65,8 @@ class Roster:
         """Whether the losses that forwards give hold what methods add to them."""
         self.losses: dict[str, Loss] = {}
         """What quantising merged weights again lost, by the tensor's path."""
+        self.residency: Residency | None = None
+        """What keeps adapters that are not needed on the CPU, if that is wanted."""
         self.replication: Replication | None = None
         """The list of layers that stands in for the base's own, if one does."""
         self.siblings: dict[str, Siblings] = {}
@@ -238,11 +243,14 @@ class Roster:
         acting = tuple(names) if self.enabled else ()
         plans = [layer.plan_for(acting, layer.merged_grafts) for layer in layers]
         self.active = tuple(names)
+        self.need(names)
         for layer, plan in zip(layers, plans, strict=True):
             layer.plan = plan
 
     def set_requires_grad(self, names: Iterable[str], requires_grad: bool) -> None:
         """Freeze or thaw the trainable parameters of these adapters, and of no others."""
+        names = list(names)
+        self.need(names if requires_grad else ())
         for name in names:
             if requires_grad:
                 self.trainable[name] = None
@@ -288,6 +296,11 @@ class Roster:
                     "cannot be told apart. Give it a batch of its own with set_adapter()."
                 )
 
+    def need(self, names: Sequence[str]) -> None:
+        """Bring these adapters' tensors to their layers, if they wait elsewhere."""
+        if self.residency is not None and names:
+            self.residency.need(names)
+
     def forget_stacks(self) -> None:
         """What a route has stacked of adapters is no longer theirs: something of them changes."""
         if self.route is not None:
@@ -303,6 +316,7 @@ class Roster:
     @contextmanager
     def routed(self, route: Route | None) -> Iterator[None]:
         """Let this route decide, for the length of the block."""
+        self.need(route.adapters if route is not None else ())
         before, self.route = self.route, route
         try:
             yield

@@ -81,6 +81,8 @@ def attach(
     roster.configs[adapter] = config
     roster.layers[adapter] = layers
     roster.trainable[adapter] = None
+    if roster.residency is not None:
+        roster.residency.arrive(adapter)
 
 
 def exchange(
