@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from multigraft.calibration.incremental import Directions
@@ -15,8 +16,11 @@ def rows(count: int = 300) -> torch.Tensor:
     return torch.randn(count, 12, generator=source) * spread @ turn + 3.0
 
 
-def test_they_are_those_of_all_rows_at_once() -> None:
+@pytest.mark.parametrize("drift", [0.0, 1.0])
+def test_they_are_those_of_all_rows_at_once(drift: float) -> None:
+    """Whether or not the mean moves from batch to batch."""
     X, study = rows(), Directions(4)
+    X = X + drift * torch.arange(5.0).repeat_interleave(60)[:, None] * (torch.arange(12) == 3)
     for batch in X.split(60):
         study.update(batch)
     centred = X.double() - X.double().mean(0)

@@ -172,6 +172,27 @@ def test_several_stand_side_by_side_each_with_its_own_part_taken_out() -> None:
     assert off(one(x), alone["olora"]) < 1e-5
 
 
+def test_they_combine_with_one_another_by_what_they_add() -> None:
+    model = train(ours("pissa"), seed=1)
+    model.add_adapter("other", LoraConfig(**options("olora", r=3)))
+    model.set_adapter("other")
+    train(model, seed=2)
+    added = {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        added[name] = first_adds(model)
+    model.base_model.add_weighted_adapter(["default", "other"], [0.7, -0.4], "both", "cat")
+    model.set_adapter("both")
+    assert model.peft_config["both"].init_lora_weights is True
+    assert off(first_adds(model), 0.7 * added["default"] - 0.4 * added["other"]) < 1e-5
+
+
+def first_adds(model: Any) -> torch.Tensor:
+    """What the active adapter adds to the first layer's output."""
+    layer = model.get_base_model().first
+    return layer(batch()) - layer.base_layer(batch())
+
+
 def test_scaling_scales_what_is_added_so_that_zero_is_the_base() -> None:
     model, x = train(ours("pissa")), batch()
     for path in ("first", "second"):

@@ -56,6 +56,11 @@ def test_disabling_gives_the_bases_output(make: Callable[[nn.Module], Any]) -> N
         assert torch.equal(model(batch()), expected)
 
 
+@pytest.mark.parametrize("name", [name for name in MAKERS if name != "loftq"])
+def test_what_is_taken_out_and_what_is_added_cancel_to_the_last_bit(name: str) -> None:
+    assert torch.equal(MAKERS[name](net())(batch()), net()(batch()))
+
+
 @every
 def test_deleting_and_unloading_give_the_very_base_back(
     make: Callable[[nn.Module], Any],
