@@ -32,7 +32,7 @@ from multigraft.fields import (
     name_list,
     plain,
 )
-from multigraft.reading import CONFIG_NAME, read_config
+from multigraft.reading import CONFIG_NAME, read_config, shown
 from multigraft.registry import Registry
 
 
@@ -190,7 +190,7 @@ class PeftConfig:
         config.extra = {k: v for k, v in values.items() if k not in known}
         version = values.get("peft_version")
         if config.extra or is_newer(version):
-            names = ", ".join(f"`{k}`" for k in sorted(config.extra))
+            names = ", ".join(shown(k) for k in sorted(config.extra)[:8])
             unknown = f": unknown keys {names} are kept but have no effect here" if names else ""
             warnings.warn(
                 f"{CONFIG_NAME} was written by version {version!r}; Multigraft follows "

@@ -76,9 +76,10 @@ def take_embeddings(
             continue
         own, value = _weight(spot), kept[key]
         if own.shape != value.shape:
+            tokens = value.shape[0] if value.dim() else 0  # a file may hold anything
             raise CheckpointError(
-                f"{key}: the adapter was trained with {len(value)} tokens and the model has "
-                f"{len(own)}. Call model.resize_token_embeddings({len(value)}) before loading it."
+                f"{key}: the adapter was trained with {tokens} tokens and the model has "
+                f"{len(own)}. Call model.resize_token_embeddings({tokens}) before loading it."
             )
         if torch.equal(own.to(value.dtype).cpu(), value.cpu()):
             del kept[key]

@@ -18,6 +18,7 @@ from multigraft.errors import CheckpointError, MultigraftWarning, StateError
 from multigraft.keys import placed
 from multigraft.per_expert import PerExpert
 from multigraft.prepare import Prepared, own_copy, prepare
+from multigraft.reading import shown
 from multigraft.state import drop_base_tensors, write
 from multigraft.survey import Spot, survey
 from multigraft.tuner import Tuner
@@ -180,8 +181,8 @@ def _warn_of_another_base(tuner: Tuner, config: PeftConfig) -> None:
     theirs = config.base_model_name_or_path
     if own and theirs and own != theirs and Path(own).name != Path(theirs).name:
         warnings.warn(
-            f"the adapter was trained on `{theirs}` and is loaded onto `{own}`; shapes may agree "
-            "and outputs be meaningless.",
+            f"the adapter was trained on {shown(theirs)} and is loaded onto `{own}`; shapes may "
+            "agree and outputs be meaningless.",
             MultigraftWarning,
             stacklevel=4,
         )

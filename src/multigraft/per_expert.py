@@ -127,7 +127,8 @@ class PerExpert:
     def _put(self, path: str, spot: Spot, match: re.Match[str], tensor: Tensor) -> None:
         _, expert, part, leaf = match.groups()
         name, place = PLACES.get(part, ("", 0))
-        if leaf not in ("lora_A", "lora_B") or match[0].endswith(".bias") or not name:
+        is_pair = leaf in ("lora_A", "lora_B") and tensor.dim() == 2
+        if not is_pair or match[0].endswith(".bias") or not name:
             raise CheckpointError(
                 f"{match[0]}: this model's experts are stacked, and only plain pairs of the "
                 f"projections {', '.join(sorted(PLACES))} can be. Load it with the version of "

@@ -13,13 +13,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load as safetensors_load
+from safetensors.torch import save as safetensors_save
 
 from multigraft import MultigraftError, PeftConfig, PeftModel, get_peft_model
 from multigraft.config import CONFIGS
 from multigraft.reading import read_config, read_header, read_tensors
-from tests.bad_input.loading import CONFIG, SETTINGS, WEIGHTS
+from tests.bad_input.loading import CONFIG, PREFIX, SETTINGS, WEIGHTS
 from tests.weaknesses import nets
 
 SECONDS = 5.0
@@ -39,6 +42,16 @@ ON_SITES.remove("ADAPTION_PROMPT")
 
 WORDS = ["", "(", ".*", "up", "head", "embed", "conv", "all-linear", "none", "all", "true", "LORA"]
 NUMBERS = [-1, 0, 1, 2, 3, 10**9, 10**18, 10**30, 10**400, float("nan"), float("inf"), 1e308]
+NAMES = [
+    *(
+        "embed.weight",
+        "head.weight",
+        "up.lora_A.weight",
+        "x",
+        "blocks.0.experts.3.w1.lora_A.weight",
+    ),
+    *("embed.base_layer.weight", "head.modules_to_save.weight", "blocks.0.up.lora_B.bias"),
+]
 scalars = st.one_of(
     st.none(),
     st.booleans(),
@@ -106,8 +119,32 @@ def damaged(draw: st.DrawFn, good: bytes, end: int | None = None) -> bytes:
     return bytes(data)
 
 
+@st.composite
+def misshapen(draw: st.DrawFn, weights: bytes) -> bytes:
+    """A sound file, in which some tensors have other shapes, dtypes or names."""
+    tensors = safetensors_load(weights)
+    for _ in range(draw(st.integers(1, 3))):
+        name = draw(st.sampled_from(sorted(tensors)))
+        shape = draw(st.lists(st.integers(0, 13), max_size=4))
+        dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.int64, torch.bool]))
+        tensor = torch.full(shape, draw(st.sampled_from([0, 1, float("inf")]))).to(dtype)
+        if draw(st.booleans()):
+            del tensors[name]
+            stem = draw(st.sampled_from(["", PREFIX]))
+            name = stem + draw(st.sampled_from(NAMES))
+        tensors[name] = tensor
+    return safetensors_save(tensors)
+
+
+class Worded(nets.Net):
+    """A `Net` that tells its embedding."""
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.embed
+
+
 def load(folder: Path) -> None:
-    PeftModel.from_pretrained(nets.net(), folder, local_files_only=True)
+    PeftModel.from_pretrained(Worded().eval(), folder, local_files_only=True)
 
 
 def attempt(config: bytes, weights: bytes, action: Callable[[Path], object]) -> None:
@@ -176,6 +213,16 @@ def test_a_header_of_any_entries_is_read_or_refused(data: st.DataObject) -> None
     text = json.dumps(header).encode()
     changed = len(text).to_bytes(8, "little") + text + weights[8 + length :]
     attempt(config, changed, lambda folder: read_tensors(folder / WEIGHTS))
+
+
+@pytest.mark.parametrize("method", ["", *ON_SITES])
+@settings(max_examples=40)
+@given(st.data())
+def test_a_folder_with_tensors_of_any_shape_is_loaded_or_refused(
+    method: str, data: st.DataObject
+) -> None:
+    config, weights = files(method)
+    attempt(config, data.draw(misshapen(weights)), load)
 
 
 @settings(max_examples=100)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from multigraft import LoraConfig, doctor, get_peft_model
-from tests.diagnosis.files import PREFIX, UP_A, Tensors, only, rewrite
+from tests.diagnosis.files import PREFIX, UP_A, Tensors, only, rewrite, tensors
 from tests.weaknesses import nets
 
 
@@ -53,3 +53,25 @@ def test_an_extended_vocabulary_is_found_with_the_remedy(tmp_path: Path) -> None
     finding = only(doctor(tmp_path, transformers.LlamaForCausalLM(small)), "base model")
     assert finding.problem == "has the shape (18, 8), and the base needs (16, 8)."
     assert "base.resize_token_embeddings(18)" in finding.remedy
+
+
+def test_an_embedding_that_an_adapter_brings_along_fits_or_is_found(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(
+        vocab_size=16, num_attention_heads=2, num_key_value_heads=2, **sizes
+    )
+    model = get_peft_model(transformers.LlamaForCausalLM(config), LoraConfig(r=2))
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    with torch.device("meta"):
+        base = transformers.LlamaForCausalLM(config)
+        config.vocab_size = 18
+        larger = transformers.LlamaForCausalLM(config)
+    assert f"{PREFIX}model.embed_tokens.weight" in tensors(tmp_path)
+    assert doctor(tmp_path, base).is_healthy
+    found = doctor(tmp_path, larger).findings
+    assert {each.path for each in found} == {
+        f"{PREFIX}lm_head.weight",
+        f"{PREFIX}model.embed_tokens.weight",
+    }
+    assert "base.resize_token_embeddings(16)" in found[0].remedy

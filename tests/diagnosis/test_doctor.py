@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from multigraft import CheckpointError, LoraConfig, PeftModel, doctor
+from multigraft import AdapterNameError, CheckpointError, LoraConfig, PeftModel, doctor
 from multigraft.config import CONFIGS
 from tests.diagnosis.files import (
     PREFIX,
@@ -188,6 +188,17 @@ def test_a_key_of_another_version_is_a_note(folder: Path) -> None:
     assert [note.law for note in found.notes] == ["unknown keys", "version"]
 
 
+def test_nothing_of_a_file_reaches_the_terminal_but_text(folder: Path) -> None:
+    evil = "\x1b[2J\x1b]0;x\x07"
+    names = {"target_modules": [evil, "up"], evil: evil, "base_model_name_or_path": evil}
+    resettle(folder, **names, peft_version=f"99{evil}", task_type=evil)
+    for _ in range(2):
+        found = doctor(folder, nets.net())
+        assert not found.is_healthy
+        assert str(found).replace("\n", "").isprintable()
+        resettle(folder, task_type=None, peft_type=evil)
+
+
 # The tensors against the config.
 
 
@@ -334,6 +345,16 @@ def test_a_disk_that_refuses_leaves_the_files(
     monkeypatch.setattr("multigraft.atomic.os.replace", full)
     with pytest.raises(CheckpointError, match="No space left"):
         doctor(folder, fix=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_an_adapter_that_the_file_does_not_hold_is_the_users_mistake(folder: Path) -> None:
+    rename(folder, into_memory)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(
+        AdapterNameError, match=r"holds no tensors of `other`. There are: `default`"
+    ):
+        doctor(folder, fix=True, adapter_name="other")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 

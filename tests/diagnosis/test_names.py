@@ -57,10 +57,18 @@ def test_dora_of_older_peft_is_mended(tmp_path: Path) -> None:
     assert torch.equal(output(folder), wanted)
 
 
-def test_a_resized_embedding_is_found_and_not_thrown_away(folder: Path) -> None:
+def test_a_resized_embedding_is_a_note_and_not_thrown_away(folder: Path) -> None:
     resettle(folder, target_modules=["up", "conv"])
     extra = {f"{PREFIX}embed.weight": torch.ones(20, 8)}
     rewrite(folder, lambda held: {k: t for k, t in held.items() if "embed" not in k} | extra)
+    found = doctor(folder, fix=True)
+    assert found.is_healthy
+    assert "vocabulary that was resized" in the(found, "tensors of the base").problem
+    assert not found.done
+
+
+def test_a_module_that_the_config_does_not_save_is_found_and_left(folder: Path) -> None:
+    resettle(folder, modules_to_save=None)
     found = doctor(folder, fix=True)
     assert "trained or resized" in only(found, "tensors of the base").remedy
     assert not found.done

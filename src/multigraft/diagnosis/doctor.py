@@ -62,6 +62,7 @@ def doctor(
 
     Raises:
         CheckpointError: there is no adapter there, or the result cannot be written.
+        AdapterNameError: the file names adapters, and ``adapter_name`` is none of them.
     """
     model = _skeleton(base)
     read: Callable[..., Patient] = partial(

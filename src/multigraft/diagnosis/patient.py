@@ -17,12 +17,19 @@ from multigraft.checkpoint import locate, locate_weights
 from multigraft.config import PeftConfig
 from multigraft.diagnosis.findings import Finding
 from multigraft.diagnosis.names import Parsed, nested, parsed, standards, tool_of
-from multigraft.errors import CheckpointError, ConfigError, MultigraftError
+from multigraft.errors import (
+    AdapterNameError,
+    CheckpointError,
+    ConfigError,
+    MultigraftError,
+    there_are,
+)
 from multigraft.inspection.files import folders_in
 from multigraft.reading import (
     CONFIG_NAME,
     PICKLE_ENDINGS,
     WEIGHTS_NAME,
+    check_inside,
     read_config,
     read_tensors,
 )
@@ -121,16 +128,15 @@ def admit(
 
     Raises:
         CheckpointError: there is nothing there that could be an adapter.
+        AdapterNameError: the file names adapters, and this is none of them.
     """
     patient = Patient(os.fspath(source), base=base)
     path = Path(source).expanduser()
     if path.is_file():
         patient.weights_path = path
-        beside = path.parent / CONFIG_NAME
-        patient.config_path = beside if beside.is_file() else None
-        if patient.config_path is None:
-            problem = f"{path.parent} holds no {CONFIG_NAME}, and {path.name} cannot do without."
-            patient.failures.append(_missing(CONFIG_NAME, problem))
+        _find_beside(patient, path.parent / CONFIG_NAME)
+    elif path.exists() and not path.is_dir():
+        raise CheckpointError(f"{path} is neither a directory nor a regular file. Name an adapter.")
     else:
         _find(patient, path, where)
     _read(patient, allow_pickle)
@@ -143,8 +149,26 @@ def _keep(patient: Patient, adapter: str) -> None:
     """Leave out the tensors of other adapters."""
     assert patient.tensors is not None
     own = {name: parsed(name).adapter for name in patient.tensors}
-    patient.others = tuple(sorted({each for each in own.values() if each not in ("", adapter)}))
+    names = set(own.values()) - {""}
+    if names and adapter not in names:
+        raise AdapterNameError(
+            f"{patient.source} holds no tensors of `{adapter}`.{there_are(names)} Name one of them."
+        )
+    patient.others = tuple(sorted(names - {adapter}))
     patient.tensors = {n: t for n, t in patient.tensors.items() if own[n] in ("", adapter)}
+
+
+def _find_beside(patient: Patient, config: Path) -> None:
+    """The config in the folder of a file that was named by itself."""
+    if not config.is_file():
+        problem = f"{config.parent} holds no {config.name}, and the tensors cannot do without."
+        patient.failures.append(_missing(CONFIG_NAME, problem))
+        return
+    try:
+        check_inside(config, config.parent)
+        patient.config_path = config
+    except CheckpointError as error:
+        patient.failures.append(_unreadable(config, error))
 
 
 def _find(patient: Patient, path: Path, where: Mapping[str, Any]) -> None:

@@ -15,9 +15,11 @@ from multigraft.diagnosis.findings import Finding
 from multigraft.diagnosis.names import HELD
 from multigraft.diagnosis.patient import Patient, as_meta
 from multigraft.errors import ConfigError, MultigraftError
-from multigraft.keys import strip_prefix
+from multigraft.keys import full_key, strip_prefix
 from multigraft.loading import name_what_was_saved
+from multigraft.per_expert import PerExpert
 from multigraft.prepare import own_copy, prepare
+from multigraft.reading import shown
 
 
 @check("base model")
@@ -32,8 +34,10 @@ def base_model(patient: Patient) -> Iterator[Finding]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            name_what_was_saved(config, tensors, base)
-            expected = prepare(base, "doctor", config, lenient=True).expected()
+            per_expert = PerExpert(base, config, tensors)
+            name_what_was_saved(config, per_expert.rest, base)
+            prepared = prepare(base, "doctor", config, lenient=True)
+            tensors = per_expert.tensors(prepared.main_sites)
         except MultigraftError as error:
             yield Finding(
                 "base model",
@@ -46,8 +50,11 @@ def base_model(patient: Patient) -> Iterator[Finding]:
         remedy = "See that it is meant."
         yield Finding("base model", patient.where, each, remedy, is_note=True)
     if patient.tensors is not None and patient.is_plain:
-        copies = {k: t for k, t in tensors.items() if k not in expected and _is_copy(k)}
-        report, _ = compare(expected, {k: t for k, t in tensors.items() if k not in copies})
+        expected = prepared.expected()
+        words = _embeddings(base)
+        copies = {k: t for k, t in tensors.items() if k not in expected and _is_copy(k, words)}
+        rest = {k: t for k, t in tensors.items() if k not in copies}
+        report, _ = compare(expected, rest, prepared.optional())
         yield from _disagreements(report, base)
         yield from _copies(copies, base)
 
@@ -58,7 +65,7 @@ def _another_base(patient: Patient, base: nn.Module, config: PeftConfig) -> Iter
         yield Finding(
             "base model",
             f"{patient.where}: base_model_name_or_path",
-            f"names `{theirs[:200]}`, and the base is `{own}`: shapes may agree and outputs be "
+            f"names {shown(theirs)}, and the base is `{own}`: shapes may agree and outputs be "
             "meaningless.",
             "Nothing, if they are the same model.",
             is_note=True,
@@ -101,9 +108,16 @@ def _shape_remedy(base: nn.Module, found: tuple[int, ...], needed: tuple[int, ..
     return "Name the base that the adapter was trained on, or correct the config's rank."
 
 
-def _is_copy(key: str) -> bool:
-    """Whether it is a copy of the base's own tensor, as PEFT saves with adapted embeddings."""
-    return any(f".{held}." in f".{key}" and "lora_" not in key for held in HELD)
+def _is_copy(key: str, words: set[str]) -> bool:
+    """Whether it is a copy of the base's own tensor, as is saved with embeddings."""
+    return key in words or any(f".{held}." in f".{key}" and "lora_" not in key for held in HELD)
+
+
+def _embeddings(base: nn.Module) -> set[str]:
+    """Keys of the input's and the output's embedding, which an adapter may bring along."""
+    asked = (getattr(base, f"get_{which}_embeddings", None) for which in ("input", "output"))
+    modules = {id(ask()) for ask in asked if callable(ask)}
+    return {f"{path}.weight" for path, module in base.named_modules() if id(module) in modules}
 
 
 def _copies(tensors: dict[str, Tensor], base: nn.Module) -> Iterator[Finding]:
@@ -112,10 +126,10 @@ def _copies(tensors: dict[str, Tensor], base: nn.Module) -> Iterator[Finding]:
         original = own.get(".".join(part for part in key.split(".") if part not in HELD))
         if original is None or original.shape != tensor.shape:
             needed = "none there" if original is None else f"{tuple(original.shape)} there"
+            shape = () if original is None else tuple(original.shape)
             yield Finding(
                 "base model",
-                key,
-                f"is a copy of the base's own tensor, {tuple(tensor.shape)}; the base has "
-                f"{needed}.",
-                "Name the base that the adapter was trained on.",
+                full_key(key),
+                f"is a tensor of the base's own, {tuple(tensor.shape)}; the base has {needed}.",
+                _shape_remedy(base, tuple(tensor.shape), shape),
             )

@@ -14,8 +14,13 @@ from multigraft.diagnosis.names import HELD, parsed
 from multigraft.diagnosis.patient import Patient
 from multigraft.errors import close_to
 from multigraft.methods.lora import LoraConfig
+from multigraft.reading import shown
 from multigraft.targeting import matches
 
+EMBEDDINGS = (
+    *("embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "embeddings", "embed"),
+    *("lm_head", "embed_out", "output_layer"),
+)
 PAIRS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
 
 
@@ -96,7 +101,7 @@ def targets(patient: Patient) -> Iterator[Finding]:
             yield Finding(
                 "targets",
                 f"{patient.where}: target_modules",
-                f"`{name[:80]}` is a target without a tensor.{hint}",
+                f"{shown(name)} is a target without a tensor.{hint}",
                 "Take it out, if the adapter was not trained there; else the file is incomplete.",
             )
 
@@ -128,7 +133,17 @@ def options(patient: Patient) -> Iterator[Finding]:
 def tensors_of_the_base(patient: Patient) -> Iterator[Finding]:
     """Whole tensors of modules that the adapter does not train."""
     names = strangers(patient)
-    if names:
+    brought = [name for name in names if _is_embedding(name)]
+    if brought and len(brought) == len(names):
+        yield Finding(
+            "tensors of the base",
+            names[0],
+            "is an embedding that goes with the adapter, as for a vocabulary that was resized.",
+            "Nothing, if that is meant: loading compares it with the base's, and keeps one that "
+            "differs as the adapter's own copy.",
+            is_note=True,
+        )
+    elif names:
         yield Finding(
             "tensors of the base",
             names[0],
@@ -156,6 +171,12 @@ def strangers(patient: Patient) -> list[str]:
         if not found.group and not is_copy and not is_saved:
             names.append(name)
     return names
+
+
+def _is_embedding(name: str) -> bool:
+    """Whether a tensor's name is that of an input or output embedding, as models call them."""
+    parts = name.split(".")
+    return len(parts) > 1 and parts[-1] == "weight" and parts[-2] in EMBEDDINGS
 
 
 def is_whole_model(patient: Patient, names: Iterable[str]) -> bool:
