@@ -6,13 +6,14 @@ import base64
 import hashlib
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from multigraft import LNTuningConfig, LoraConfig, PromptTuningConfig, get_peft_model
-from multigraft.report import collect, page
+from multigraft.report import charts, collect, page
 from tests.inspection.adapters import net, write
 from tests.report.conftest import write_full
 
@@ -226,6 +227,38 @@ def test_values_that_are_not_finite_are_said_to_be(pair):
     found = Page(page(collect(pair)))
     assert "not finite" in found.texts["td"]
     assert not any("nan" in text.lower() for text in found.texts["main"])
+
+
+@pytest.mark.parametrize(
+    ("named", "shown"),
+    [("/srv/models/small", "small"), ("./small", "small"), ("owner/small", "owner/small")],
+)
+def test_nobodys_folders_stand_in_the_page(pair, named, shown):
+    config = pair[0] / "adapter_config.json"
+    values = json.loads(config.read_text()) | {"base_model_name_or_path": named}
+    config.write_text(json.dumps(values))
+    base = net()
+    base.name_or_path = named
+    found = Page(page(collect(pair[:1], base=base)))
+    assert found.texts["bdi"].count(shown) == 2
+    assert "srv" not in " ".join(found.texts["html"])
+
+
+def test_reasons_without_end_are_cut_short(pair):
+    report = collect(pair[:1])
+    left = {f"site {n}": f"reason {n}" for n in range(50)}
+    many = replace(report, adapters=(replace(report.adapters[0], left=left),))
+    items = [text for text in Page(page(many)).texts["li"] if "reason" in text]
+    assert len(items) == 20 + 1
+    assert items[-1] == "and for 30 more reasons"
+
+
+def test_lines_of_many_adapters_all_look_different():
+    looks = set()
+    for style in range(18):
+        drawn = charts.key([charts.Line("a", (), style)])
+        looks.add((re.search(r'class="line (s\d)"', drawn)[1], re.search(r"/><(\w+)", drawn)[1]))
+    assert len(looks) == 18
 
 
 def test_one_adapter_has_no_switch_and_no_similarity(pair):

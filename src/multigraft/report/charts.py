@@ -123,15 +123,16 @@ def _line(line: Line, places: Sequence[tuple[float, float]]) -> Html:
     return tag(
         "g",
         tag("polyline", points=path, fill="none"),
-        [_mark(line.style % STYLES, x, y) for x, y in marked],
+        [_mark(line.style, x, y) for x, y in marked],
         class_=style,
     )
 
 
 def _mark(style: int, x: float, y: float) -> Html:
-    if style % 3 == 0:
+    kind = (style + style // STYLES) % 3  # a second line of the same colour has another mark
+    if kind == 0:
         return tag("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=3)
-    if style % 3 == 1:
+    if kind == 1:
         return tag("rect", x=f"{x - 3:.1f}", y=f"{y - 3:.1f}", width=6, height=6)
     return tag("path", d=f"M{x:.1f},{y - 4:.1f} l4,7 h-8 z")
 

@@ -111,7 +111,7 @@ def _adapter(files: AdapterFiles, base: nn.Module | None, limit: int) -> Adapter
     return AdapterFigures(
         name=files.name,
         method=str(files.values.get("peft_type")),
-        base=str(files.values.get("base_model_name_or_path") or ""),
+        base=_short(str(files.values.get("base_model_name_or_path") or "")),
         parameters=files.parameters,
         bytes=files.bytes,
         sites={path: replace(site, parameters=counts[path]) for path, site in sites.items()},
@@ -143,6 +143,11 @@ def _parameters(files: AdapterFiles, sites: Mapping[str, SiteFigures]) -> dict[s
 
 
 def _name_of(base: nn.Module) -> str:
-    """Its id or its directory's name: a page that is passed on shows nobody's folders."""
-    name = str(getattr(base, "name_or_path", "") or type(base).__name__)
-    return Path(name).resolve().name if Path(name).is_dir() else name
+    return _short(str(getattr(base, "name_or_path", "") or type(base).__name__))
+
+
+def _short(name: str) -> str:
+    """An id on the hub, or a directory's name: a page that is passed on shows nobody's folders."""
+    path = Path(name)
+    is_folder = path.is_absolute() or name.count("/") > 1 or name.startswith((".", "~"))
+    return (path.name or name) if is_folder else name

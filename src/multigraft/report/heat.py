@@ -38,7 +38,8 @@ def heat_map(
     words: Callable[[float | None], str],
     details: Callable[[Sequence[SiteFigures]], str],
     *,
-    caption: Html | str,
+    caption: Html,
+    label: str,
     top: float,
     link: Callable[[SiteFigures], str],
 ) -> Html:
@@ -48,6 +49,7 @@ def heat_map(
         value: of a cell.
         words: a value as the cell shows it.
         details: what is said of a cell when it is pointed at.
+        label: what the table is called by who cannot see it.
         top: the value of the strongest shade.
         link: the id of a site's own row elsewhere in the page.
     """
@@ -72,7 +74,7 @@ def heat_map(
     table = tag(
         "table", tag("caption", caption), tag("thead", head), tag("tbody", rows), class_="heat"
     )
-    return tag("div", table, class_="scroll", role="region", aria_label="heat map", tabindex=0)
+    return tag("div", table, class_="scroll", role="region", aria_label=label, tabindex=0)
 
 
 def legend(top: float, words: Callable[[float | None], str]) -> Html:

@@ -11,6 +11,7 @@ from multigraft.report.intruders import EPSILON, K
 from multigraft.report.markup import Html, join, name, tag
 from multigraft.report.numbers import count, figure, percent, size
 
+MOST_REASONS = 20
 Column = tuple[str, str]
 """A heading, and how its cells sort: ``number``, ``text``, or not at all."""
 
@@ -42,6 +43,7 @@ def overview(report: Report) -> Html:
     columns = [
         ("adapter", "text"),
         ("method", "text"),
+        ("made for", "text"),
         ("sites", "number"),
         ("rank", "number"),
         ("effective rank", "number"),
@@ -67,6 +69,7 @@ def _adapter_row(report: Report, each: AdapterFigures) -> Html:
     cells = [
         tag("th", name(each.name), scope="row"),
         tag("td", each.method),
+        tag("td", name(each.base) if each.base else "–"),
         number(str(len(sites)), len(sites)),
         number(ranks(sites), max((s.rank for s in sites), default=0)),
         number(figure(mean_rank(sites)), mean_rank(sites)),
@@ -92,6 +95,7 @@ def norms(report: Report, index: int, top: float) -> Html:
         words,
         heat.site_details,
         caption=join((f"{what} of ", name(each.name), " by layer and module")),
+        label=f"heat map of {each.name}",
         top=top,
         link=lambda site: row_id(report, index, site),
     )
@@ -131,6 +135,7 @@ def intruders(report: Report, index: int) -> Html:
         caption=join(
             ("Intruder dimensions of ", name(each.name), f", of {K} a site (ε = {EPSILON})")
         ),
+        label=f"intruders of {each.name}",
         top=float(K),
         link=lambda site: row_id(report, index, site),
     )
@@ -195,7 +200,7 @@ def _sites_table(report: Report, index: int) -> Html:
     if not is_relative:
         columns = [c for c in columns if c[0] != "‖ΔW‖ / ‖W‖"]
     caption = join(("Every site of ", name(each.name)))
-    found = table(caption, columns, rows, label="sites")
+    found = table(caption, columns, rows, label=f"sites of {each.name}")
     return tag("details", tag("summary", f"The {len(each.sites)} sites, one by one"), found)
 
 
@@ -228,7 +233,7 @@ def budget(report: Report, index: int) -> Html:
         ("of the rank in use", "number"),
     ]
     caption = join(("Size and rank of ", name(each.name), " by module"))
-    return table(caption, columns, rows, label="budget")
+    return table(caption, columns, rows, label=f"size of {each.name}")
 
 
 def _module_row(module: str, sites: Sequence[SiteFigures], total: int) -> Html:
@@ -255,17 +260,16 @@ def left(each: AdapterFigures) -> Html | None:
     by_reason: dict[str, list[str]] = {}
     for where, reason in each.left.items():
         by_reason.setdefault(reason, []).append(where)
-    items = [
-        tag(
-            "li",
-            ", ".join(places[:4]),
-            f" and {len(places) - 4} more" if len(places) > 4 else "",
-            ": ",
-            reason,
-        )
-        for reason, places in by_reason.items()
-    ]
+    reasons = list(by_reason.items())
+    items = [tag("li", _few(places), ": ", reason) for reason, places in reasons[:MOST_REASONS]]
+    if len(reasons) > MOST_REASONS:
+        items.append(tag("li", f"and for {len(reasons) - MOST_REASONS} more reasons"))
     return tag("div", tag("p", "Not among the figures:"), tag("ul", items), class_="left")
+
+
+def _few(places: Sequence[str], limit: int = 4) -> str:
+    more = f" and {len(places) - limit} more" if len(places) > limit else ""
+    return f"{', '.join(places[:limit])}{more}"
 
 
 def ranks(sites: Iterable[SiteFigures]) -> str:
