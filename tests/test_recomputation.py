@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    checkpoint_wrapper,
+)
 from torch.utils.checkpoint import checkpoint
 
 import multigraft
@@ -61,6 +66,27 @@ def test_a_mixed_batch_trains_each_adapter_on_its_own_rows() -> None:
     assert expected.keys() == found.keys() and len(found) == 8
     for name, grad in found.items():
         torch.testing.assert_close(grad, expected[name])
+
+
+@pytest.mark.parametrize("kind", [CheckpointImpl.NO_REENTRANT, CheckpointImpl.REENTRANT])
+def test_torchs_own_wrapper_of_checkpoints_is_served(kind: CheckpointImpl) -> None:
+    x = torch.randn(3, 4, requires_grad=True)
+    found = []
+    for is_checkpoint in (False, True):
+        torch.manual_seed(0)
+        blocks: list[nn.Module] = [nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(2)]
+        if is_checkpoint:
+            blocks = [checkpoint_wrapper(block, kind) for block in blocks]
+        config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+        torch.manual_seed(1)
+        mixed = multigraft.get_peft_model(nn.Sequential(*blocks), config, "a")
+        mixed.add_adapter("b", config)
+        mixed.base_model.set_requires_grad(["a", "b"])
+        mixed(x, adapter_names=["a", "b", "a"]).sum().backward()
+        found.append(list(grads(mixed).values()))
+    assert len(found[0]) == len(found[1]) == 8
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_the_blocks_are_as_they_were_after_the_call() -> None:

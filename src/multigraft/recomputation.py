@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 CHECKPOINT = "_gradient_checkpointing_func"
 """Where transformers' models keep the function that runs a block as a checkpoint."""
+WRAPPED = "checkpoint_fn"
+"""Where torch's own wrapper of checkpointed modules keeps it, which FSDP's users have."""
 
 
 @contextmanager
@@ -26,15 +28,16 @@ def remembered(roster: Roster) -> Iterator[None]:
     wrapped = []
     if torch.is_grad_enabled():
         for module in roster.root.modules():
-            run = module.__dict__.get(CHECKPOINT)
-            if run is not None and getattr(module, "gradient_checkpointing", False):
-                wrapped.append((module, run))
-                module.__dict__[CHECKPOINT] = _remembering(roster, run)
+            name = CHECKPOINT if getattr(module, "gradient_checkpointing", False) else WRAPPED
+            run = module.__dict__.get(name)
+            if run is not None:
+                wrapped.append((module, name, run))
+                module.__dict__[name] = _remembering(roster, run)
     try:
         yield
     finally:
-        for module, run in wrapped:
-            module.__dict__[CHECKPOINT] = run
+        for module, name, run in wrapped:
+            module.__dict__[name] = run
 
 
 def _remembering(roster: Roster, run: Callable[..., Any]) -> Callable[..., Any]:
