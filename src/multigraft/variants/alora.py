@@ -59,7 +59,7 @@ class ALora(Variant):
         if above:
             return (
                 f"`alora_invocation_tokens` holds {above[0]}, and the model's tokens end at "
-                f"{known - 1}"
+                f"{known - 1}; give ids of its tokenizer, or resize its embeddings first"
             )
         return None
 
