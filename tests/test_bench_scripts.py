@@ -49,3 +49,16 @@ def test_a_benchmark_measures_both_libraries_in_every_case(facts):
         samples = [value["samples"] for value in row.values() if isinstance(value, dict)]
         assert samples
         assert all(len(times) == 1 for times in samples)
+
+
+def test_doras_step_is_measured_beside_loras_and_pefts(tmp_path):
+    pytest.importorskip("peft")
+    script = _report.ROOT / "bench" / "dora.py"
+    words = [str(script), "--smallest", "--runs", "1", "--output", str(tmp_path)]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("dora*.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["arm"] for row in rows] == ["multigraft, LoRA", "multigraft, DoRA", "peft, DoRA"]
+    lora, ours, theirs = (row["MiB kept for backward"] for row in rows)
+    assert lora < ours < theirs
