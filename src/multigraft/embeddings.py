@@ -7,7 +7,6 @@ and loaded as its own copies, so that neither the base nor other adapters change
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from multigraft.config import PeftConfig
-from multigraft.errors import CheckpointError, ConfigError, MultigraftWarning
+from multigraft.errors import CheckpointError, ConfigError, MultigraftError, MultigraftWarning
+from multigraft.reading import read_config
 from multigraft.roster import Roster
 from multigraft.storage import slot_of
 from multigraft.survey import Spot, survey
@@ -154,8 +154,8 @@ def _saved_vocabulary(name: str) -> int | None:
         except Exception:  # not installed, or no name that a repository could have
             return None
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = read_config(Path(path))
         found = values.get("vocab_size", (values.get("text_config") or {}).get("vocab_size"))
-    except (OSError, TypeError, ValueError, AttributeError):
+    except (MultigraftError, TypeError, AttributeError):
         return None
     return found if isinstance(found, int) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +12,15 @@ from torch import nn
 
 from multigraft.auto import get_peft_model
 from multigraft.config import CONFIG_NAME, PeftConfig
-from multigraft.errors import CheckpointError, ConfigError, MissingExtraError, did_you_mean
+from multigraft.errors import (
+    CheckpointError,
+    ConfigError,
+    MissingExtraError,
+    MultigraftError,
+    did_you_mean,
+)
 from multigraft.model import PeftModel
+from multigraft.reading import read_config
 from multigraft.train.loop import seeded
 from multigraft.train.quantised import load_options
 
@@ -166,8 +172,8 @@ def _refuse_random(source: str | os.PathLike[str], found: Mapping[str, Any]) -> 
 
 def _base_named_in(config: Path) -> str:
     try:
-        base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError):
+        base = read_config(config).get("base_model_name_or_path")
+    except MultigraftError:
         return ""
     return f": {base}" if base else ""
 
