@@ -66,6 +66,12 @@ class LoraConfig(TargetedConfig):
         alora_invocation_tokens: act from these tokens of a row on (`multigraft.variants.alora`).
         use_qalora, qalora_group_size: let A see means of groups (`multigraft.variants.qalora`).
         use_bdlora: make A or B block-diagonal, a `BdLoraConfig` (`multigraft.variants.bdlora`).
+        kasa_config: take the weight's noise out and train singular values, a `KasaConfig`
+            (`multigraft.variants.kasa`).
+        velora_config: train A on compressed activations, a `VeloraConfig`
+            (`multigraft.variants.velora`).
+        monteclora_config: sample A in training, a `MontecloraConfig`
+            (`multigraft.variants.monteclora`).
         arrow_config: give tokens to other adapters, an `ArrowConfig` (`multigraft.variants.arrow`).
 
     The remaining fields are PEFT's; setting one that is not built yet is refused by name.
