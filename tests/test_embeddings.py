@@ -131,6 +131,47 @@ def test_pefts_file_from_a_resized_model_is_read(home: Path, tmp_path: Path):
     torch.testing.assert_close(output(loaded, batch), output(theirs, batch))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("library", ["ours", "peft"])
+def test_an_embedding_that_was_resized_and_adapted(library: str, tied: bool, tmp_path: Path):
+    """The file has the whole matrix, and new rows of it are the adapter's from then on."""
+
+    def resized(seed: int) -> nn.Module:
+        model = build(lambda: llama(tie_word_embeddings=tied))
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(48, mean_resizing=False)
+        return model.eval()
+
+    options = {"target_modules": ["embed_tokens", "q_proj"], "init_lora_weights": False, "r": 2}
+    with quiet():
+        if library == "peft":
+            trained = peft.get_peft_model(resized(0), peft.LoraConfig(**options)).eval()
+        else:
+            trained = get_peft_model(resized(0), LoraConfig(**options)).eval()
+        trained.save_pretrained(tmp_path, save_embedding_layers=True)
+    fresh = resized(1)
+    with torch.no_grad():  # a head that was not tied is no part of it
+        if not tied:
+            fresh.lm_head.weight.copy_(trained.base_model.model.lm_head.weight)
+    before = fingerprint(fresh)
+    with pytest.warns(MultigraftWarning, match=r"8 of model\.embed_tokens"):
+        loaded = PeftModel.from_pretrained(fresh, tmp_path).eval()
+    batch = {"input_ids": torch.tensor([[1, 47, 45, 3]])}
+    torch.testing.assert_close(output(loaded, batch), output(trained, batch))
+    loaded.save_pretrained(tmp_path / "again", save_embedding_layers=False)
+    again = PeftModel.from_pretrained(resized(1), tmp_path / "again").eval()
+    if tied:
+        torch.testing.assert_close(output(again, batch), output(trained, batch))
+    loaded.unload()
+    assert fingerprint(fresh) == before
+
+
+def test_a_matrix_of_another_base_is_still_reported(home: Path, tmp_path: Path):
+    adapted(base(home), "embed_tokens").save_pretrained(tmp_path, save_embedding_layers=True)
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.base_layer\.weight"):
+        PeftModel.from_pretrained(build(llama, seed=5), tmp_path)
+
+
 def test_matrices_that_are_the_bases_own_are_left_out(home: Path, tmp_path: Path):
     adapted(base(home)).save_pretrained(tmp_path, save_embedding_layers=True)
     loaded = PeftModel.from_pretrained(base(home), tmp_path)

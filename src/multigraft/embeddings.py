@@ -60,14 +60,16 @@ def embedding_tensors(roster: Roster, adapter: str, choice: str | bool) -> dict[
 def take_embeddings(
     config: PeftConfig, tensors: Mapping[str, Tensor], model: nn.Module
 ) -> dict[str, Tensor]:
-    """The file's tensors, with its embedding matrices named in `modules_to_save` or left out.
+    """The file's tensors, with its embedding matrices made the adapter's own, or left out.
 
-    Left out are those that are the base's own.
+    Left out are those that are the base's own. Of an embedding that the adapter adapts, only the
+    rows that differ are taken (`trainable_token_indices`); of others the whole matrix is
+    (`modules_to_save`).
 
     Raises:
         CheckpointError: a matrix has more or fewer rows than the model's.
     """
-    kept = dict(tensors)
+    kept = _with_rows(config, dict(tensors), model)
     saved = getattr(config, "modules_to_save", None) or []
     taken = []
     for spot in _spots(model):
@@ -76,11 +78,7 @@ def take_embeddings(
             continue
         own, value = _weight(spot), kept[key]
         if own.shape != value.shape:
-            tokens = value.shape[0] if value.dim() else 0  # a file may hold anything
-            raise CheckpointError(
-                f"{key}: the adapter was trained with {tokens} tokens and the model has "
-                f"{len(own)}. Call model.resize_token_embeddings({tokens}) before loading it."
-            )
+            _refuse_rows(key, own, value)
         if torch.equal(own.to(value.dtype).cpu(), value.cpu()):
             del kept[key]
         elif hasattr(config, "modules_to_save"):
@@ -94,6 +92,47 @@ def take_embeddings(
             stacklevel=4,
         )
     return kept
+
+
+def _with_rows(config: PeftConfig, kept: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Rows in the place of adapted embeddings' matrices, where some of these are not the base's."""
+    if getattr(config, "trainable_token_indices", ()) is not None:
+        return kept
+    chosen: dict[str, list[int]] = {}
+    shared: set[int] = set()
+    for spot in _spots(model):
+        key, held = f"{spot.path}.base_layer.weight", id(spot.layer._parameters.get("weight"))
+        if key not in kept:
+            continue
+        own, value = _weight(spot), kept[key]
+        if own.shape != value.shape:
+            _refuse_rows(key, own, value)
+        rows = (own.to(value.dtype).cpu() != value.cpu()).any(1).nonzero().flatten()
+        if not len(rows) or 2 * len(rows) > len(own):
+            continue  # the base's own, or another base: that is for the load report to say
+        del kept[key]
+        if held not in shared:
+            chosen[spot.path] = rows.tolist()
+            kept[f"{spot.path}.token_adapter.trainable_tokens_delta"] = value[rows]
+        shared.add(held)
+    if chosen:
+        config.trainable_token_indices = chosen  # type: ignore[attr-defined]
+        names = ", ".join(f"{len(rows)} of {path}" for path, rows in chosen.items())
+        warnings.warn(
+            f"the file brings rows of embeddings that are not this model's ({names}): the adapter "
+            "has them for its own (`trainable_token_indices`), and the base stays as it is.",
+            MultigraftWarning,
+            stacklevel=5,
+        )
+    return kept
+
+
+def _refuse_rows(key: str, own: Tensor, value: Tensor) -> None:
+    tokens = value.shape[0] if value.dim() else 0  # a file may hold anything
+    raise CheckpointError(
+        f"{key}: the adapter was trained with {tokens} tokens and the model has {len(own)}. Call "
+        f"model.resize_token_embeddings({tokens}) before loading it."
+    )
 
 
 def was_resized(model: nn.Module, config: PeftConfig) -> bool:
