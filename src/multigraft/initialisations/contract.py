@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from functools import lru_cache
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -163,6 +164,7 @@ def initialisation(name: str) -> Callable[[I], I]:
     def add(cls: I) -> I:
         cls.name = name
         INITIALISATIONS.register(name, cls)
+        _read.cache_clear()
         return cls
 
     return add
@@ -175,17 +177,22 @@ def initialisation_for(config: Any) -> Initialisation:
         ConfigError: it means none.
     """
     value = config.init_lora_weights
-    if isinstance(value, (bool, str)):
-        for _, cls in INITIALISATIONS.items():
-            found = cls.reads(str(value).lower())
-            if found is not None:
-                return found
+    found = _read(str(value).lower()) if isinstance(value, (bool, str)) else None
+    if found is not None:
+        return found
     names = [name for name in INITIALISATIONS if name not in ("true", "false")]
     listed = ", ".join(f'"{name}"' for name in names)
     raise ConfigError(
         f"{type(config).__name__}: `init_lora_weights` (={value!r}) must be True, False or one of "
         f"{listed}.{did_you_mean(str(value), names)}"
     )
+
+
+@lru_cache(maxsize=64)
+def _read(value: str) -> Initialisation | None:
+    """Looked up once for all sites of an adapter."""
+    readings = (cls.reads(value) for _, cls in INITIALISATIONS.items())
+    return next((found for found in readings if found is not None), None)
 
 
 def settle_options(config: Any) -> None:
