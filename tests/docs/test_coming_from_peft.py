@@ -15,6 +15,7 @@ peft = pytest.importorskip("peft")
 from tests.docs import rows_structure  # noqa: E402, F401, I001
 from tests.docs import rows_state  # noqa: E402, F401
 from tests.docs import rows_combine  # noqa: E402, F401
+from tests.docs import rows_arithmetic  # noqa: E402, F401
 from tests.docs import rows_variants  # noqa: E402, F401
 from tests.docs import rows_initialisations  # noqa: E402, F401
 from tests.docs import rows_files  # noqa: E402, F401
