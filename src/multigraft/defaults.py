@@ -7,6 +7,7 @@ so that a config without targets means the same adapter in both.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
@@ -73,6 +74,13 @@ initialises these afresh, so a frozen one would be noise."""
 def task_heads(model: nn.Module, usual: tuple[str, ...]) -> list[str]:
     """The task's usual heads, and what this model has beside them that is as fresh."""
     return [*usual, *(name for name in ("pre_classifier",) if usual and hasattr(model, name))]
+
+
+def save_task_heads(config: Any, model: nn.Module, usual: tuple[str, ...]) -> None:
+    """Let the model's own copy of a config train the task's heads, where it can."""
+    if usual and hasattr(config, "modules_to_save"):
+        heads = task_heads(model, usual)
+        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
 
 
 def default_targets(

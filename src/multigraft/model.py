@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from multigraft import checkpoint
 from multigraft.config import PeftConfig
-from multigraft.defaults import task_heads
+from multigraft.defaults import save_task_heads
 from multigraft.errors import CheckpointError, RoutingError
 from multigraft.gradients import checkpoints_gradients, let_gradients_in
 from multigraft.keys import strip_prefix
@@ -394,7 +394,5 @@ class PeftModel(PromptFacade, nn.Module):
             else getattr(base, "name_or_path", None)
         )
         config.base_model_name_or_path = config.base_model_name_or_path or name or None
-        if self.default_saved_modules and hasattr(config, "modules_to_save"):
-            heads = task_heads(base, self.default_saved_modules)
-            config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
+        save_task_heads(config, base, self.default_saved_modules)
         return config

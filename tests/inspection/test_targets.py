@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -76,6 +77,18 @@ SPECS = {
     "loha": LoHaConfig(target_modules=["up"], r=2),
     "lokr": LoKrConfig(target_modules=["up"], r=2),
 }
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM"])
+def test_a_tasks_heads_are_trained_as_they_are_when_attaching(task):
+    net = nn.Sequential(OrderedDict(body=nn.Linear(4, 4), classifier=nn.Linear(4, 2)))
+    config = LoraConfig(target_modules=["body"], task_type=task)
+    plan = targets(net, config)
+    model = get_peft_model(copy.deepcopy(net), config)
+    assert plan.parameters == model.get_nb_trainable_parameters()[0]
+    is_head = task in ("SEQ_CLS", "TOKEN_CLS")
+    assert (reasons(plan)["classifier"] == "`modules_to_save`: a copy of it is trained") is is_head
+    assert targets(model, config).parameters == plan.parameters
 
 
 @pytest.mark.parametrize("config", SPECS.values(), ids=SPECS.keys())

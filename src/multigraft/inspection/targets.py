@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from multigraft.config import PeftConfig, TargetedConfig
+from multigraft.defaults import TASK_HEADS, save_task_heads
 from multigraft.errors import MultigraftError, TargetError
 from multigraft.graft import Graft
 from multigraft.inspection.structure import fold
@@ -160,6 +161,8 @@ class TargetPlan:
 def targets(model: nn.Module, config: PeftConfig) -> TargetPlan:
     """What ``config`` means on ``model``, without attaching anything; both stay as they are.
 
+    As with `get_peft_model`, a classifier's adapter trains a copy of the head as well.
+
     Args:
         model: a base model, on whatever device (the meta device will do), or a `PeftModel`.
 
@@ -168,6 +171,8 @@ def targets(model: nn.Module, config: PeftConfig) -> TargetPlan:
         NestingError: the model carries adapters of another library.
     """
     base, config = base_of(model), own_copy(config)
+    usual = TASK_HEADS.get(str(config.task_type), ())
+    save_task_heads(config, base, getattr(model, "default_saved_modules", usual))
     spots = survey(base)
     prepared, problems, notes = _attempt(base, config)
     found = _decisions(base, own_copy(config), spots)
