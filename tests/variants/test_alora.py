@@ -117,6 +117,21 @@ def test_two_side_by_side_act_each_from_its_own_invocation() -> None:
     near(found, expected)
 
 
+def test_mixed_batches_agree() -> None:
+    ours, theirs = both()
+    add(ours, "other", 1, alora_invocation_tokens=[7])
+    add(ours, "plain", 2, alora_invocation_tokens=None)
+    with quiet():
+        for name, tokens in (("other", [7]), ("plain", None)):
+            config = peft.LoraConfig(**(OPTIONS | {"alora_invocation_tokens": tokens}))
+            theirs.add_adapter(name, config)
+            state = multigraft.get_peft_model_state_dict(ours, adapter_name=name)
+            peft.set_peft_model_state_dict(theirs, state, name)
+        names = ["default", "other", "plain", "__base__", "other"]
+        expected = theirs.eval()(IDS, adapter_names=names).logits
+    near(ours(IDS, adapter_names=names).logits, expected)
+
+
 def test_a_mixed_batch_is_row_by_row() -> None:
     ours = ours_alone()
     add(ours, "other", 1, alora_invocation_tokens=[7])
