@@ -81,7 +81,15 @@ def standards(names: Iterable[str]) -> dict[str, str]:
     """These names of one file to those that PEFT's files have; nested ones stay as they are."""
     names = list(names)
     is_adalora = any(parsed(name).group == "lora_E" for name in names)  # its pairs are no modules
-    return {n: n if nested(n) else _standard(n, are_modules=not is_adalora) for n in names}
+    found = {n: n if nested(n) else _standard(n, are_modules=not is_adalora) for n in names}
+    # PEFT writes biases of trained copies twice (`bias="all"`): the second one is no other layout.
+    return {old: old if is_copy(old) and new in found else new for old, new in found.items()}
+
+
+def is_copy(name: str) -> bool:
+    """Whether a name is of a trained copy, without the adapter's name."""
+    found = parsed(name)
+    return found.group == "modules_to_save" and not found.adapter
 
 
 def _standard(name: str, are_modules: bool) -> str:

@@ -21,6 +21,9 @@ from multigraft.per_expert import PerExpert
 from multigraft.prepare import own_copy, prepare
 from multigraft.reading import shown
 
+COPIED = (*HELD, "modules_to_save")
+"""Words in the names of tensors that stand in a file beside the adapter's own."""
+
 
 @check("base model")
 def base_model(patient: Patient) -> Iterator[Finding]:
@@ -110,7 +113,8 @@ def _shape_remedy(base: nn.Module, found: tuple[int, ...], needed: tuple[int, ..
 
 def _is_copy(key: str, words: set[str]) -> bool:
     """Whether it is a copy of the base's own tensor, as is saved with embeddings."""
-    return key in words or any(f".{held}." in f".{key}" and "lora_" not in key for held in HELD)
+    held = [part for part in key.split(".") if part in COPIED]
+    return key in words or (bool(held) and "lora_" not in key)
 
 
 def _embeddings(base: nn.Module) -> set[str]:
@@ -123,7 +127,7 @@ def _embeddings(base: nn.Module) -> set[str]:
 def _copies(tensors: dict[str, Tensor], base: nn.Module) -> Iterator[Finding]:
     own = dict(base.named_parameters(remove_duplicate=False))
     for key, tensor in tensors.items():
-        original = own.get(".".join(part for part in key.split(".") if part not in HELD))
+        original = own.get(".".join(part for part in key.split(".") if part not in COPIED))
         if original is None or original.shape != tensor.shape:
             needed = "none there" if original is None else f"{tuple(original.shape)} there"
             shape = () if original is None else tuple(original.shape)
