@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def kaiming(tensor: Tensor) -> None:
     """Kaiming uniform with ``a = sqrt(5)``: the bound is 1 / sqrt(fan in)."""
     bound = 1 / math.sqrt(max(1, tensor[0].numel()))
-    nn.init.uniform_(tensor, -bound, bound)
+    tensor.uniform_(-bound, bound)
