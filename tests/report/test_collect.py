@@ -51,6 +51,28 @@ def test_other_methods_have_figures_beside_their_base(tmp_path, config):
     assert len(beside.sites) == 3
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True},
+        {"kasa_config": {}},
+        {"use_qalora": True, "qalora_group_size": 4},
+        {"lora_bias": True},
+        {"init_lora_weights": "pissa"},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_other_forms_of_a_pair_are_right_or_left_out_and_right_beside_the_base(tmp_path, options):
+    folder = write(tmp_path / "a", **options)
+    norms = {path: float(delta.norm()) for path, delta in merged_change(folder).items()}
+    (alone,), (beside,) = (collect([folder], base=base).adapters for base in (None, net()))
+    assert {path: site.norm for path, site in beside.sites.items()} == pytest.approx(norms, 1e-4)
+    assert {path: site.norm for path, site in alone.sites.items()} == pytest.approx(
+        {path: norms[path] for path in alone.sites}, 1e-4
+    )
+    assert {path for path in norms if path not in alone.sites} <= set(alone.left)
+
+
 def test_beside_a_base_norms_are_relative_and_intruders_are_sought(pair):
     base = net()
     report = collect(pair, base=base)

@@ -29,6 +29,8 @@ from multigraft.storage import storage_of
 
 _PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 """How the files call the factors of a pair, behind the path of its module."""
+_BESIDE = (START_A, START_B)
+"""What belongs to a pair in some files: where it began."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,16 +79,18 @@ def changes_in_files(files: AdapterFiles, left: Left) -> Iterator[Change]:
         left.reasons["the whole adapter"] = f"{config.peft_type}'s change needs the base's weights"
         return
     seen: set[str] = set()
+    keys_at: dict[str, list[str]] = {}
+    for key in files.tensors:
+        for path in (key.rpartition(".")[0], key.rsplit(".", 2)[0]):  # names have one part or two
+            keys_at.setdefault(path, []).append(key)
     for key in files.tensors:
         for a_name, b_name in _PAIRS:
             path = key.removesuffix(f".{a_name}")
             if path != key and f"{path}.{b_name}" in files.tensors:
-                names = (a_name, b_name, START_A, START_B)  # and, in some files, where they began
-                keys = {n: f"{path}.{n}" for n in names if f"{path}.{n}" in files.tensors}
-                seen |= {*keys.values()}
-                tensors = {name: files.tensors[own] for name, own in keys.items()}
+                own = {k.removeprefix(f"{path}."): k for k in keys_at[path]}
+                seen |= {own[name] for name in (a_name, b_name, *_BESIDE) if name in own}
                 try:
-                    yield _pair(path, config, tensors)
+                    yield _pair(path, config, {n: files.tensors[k] for n, k in own.items()})
                 except MultigraftError as error:
                     left.reasons[path] = str(error)
     for key in files.tensors:
@@ -153,9 +157,8 @@ def _changes_weight(graft: Graft) -> bool:
 
 def _pair(path: str, config: PeftConfig, tensors: Mapping[str, Tensor]) -> Change:
     """The change of one pair, by the method's own reading of the config at a layer of its shape."""
-    tensors = {name: tensor.float() for name, tensor in tensors.items()}
-    A, B = list(tensors.values())[:2]
-    is_lookup = "lora_embedding_A" in tensors
+    is_lookup = _PAIRS[1][0] in tensors
+    A, B = (tensors[name].float() for name in _PAIRS[is_lookup])
     layer = _layer_of(A, B, is_lookup)
     config = config.copy()
     vars(config).update(lora_bias=False)  # a bias beside the pair is no part of ΔW
@@ -169,7 +172,9 @@ def _pair(path: str, config: PeftConfig, tensors: Mapping[str, Tensor]) -> Chang
         )
     if not tensors.keys() >= {*method.starts().values()}:
         raise MultigraftError("it takes a part out of the base's weight, which the file lacks")
-    pair = method.low_rank(tensors)
+    held = {name: spec.on_disk or name for name, spec in specs.items()}
+    params = {name: tensors[key].float() for name, key in held.items() if key in tensors}
+    pair = method.low_rank(params) if params.keys() == specs.keys() else None
     if pair is None:
         raise MultigraftError("its change depends on the base's weight")
     return Change(path, method.rank, _scaled(site.geometry, layer, *pair))
