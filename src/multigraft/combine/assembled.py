@@ -70,7 +70,7 @@ def _pair(method: Any, cut: Cut, bias: Tensor | None) -> Sequence[tuple[str, Ten
     values = padded(method, cut)
     if method.bias:
         shape = method.tensors()[method.bias].shape
-        values[method.bias] = torch.zeros(shape) if bias is None else bias
+        values[method.bias] = cut.b.new_zeros(shape) if bias is None else bias
     return list(values.items())
 
 
