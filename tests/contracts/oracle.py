@@ -223,6 +223,16 @@ DEFECTS: dict[str, str] = {
     r"outputs_agree-LORA.init_lora_weights=(olora|pissa).*-linear-orthogonal$": (
         "PEFT takes its part out of a computed weight, which the next forward computes again"
     ),
+    r"outputs_agree-LORA.kasa_config.*-(weight|spectral)-norm(-hook)?$": (
+        "PEFT takes its part out of a computed weight, which the next forward computes again"
+    ),
+    r"outputs_agree-LORA.kasa_config.*-linear-orthogonal$": (
+        "PEFT takes its part out of a computed weight, which the next forward computes again"
+    ),
+    r"agree-LORA.kasa_config.*-linear-float(32|64)$": "PEFT decomposes float64 weights in float32",
+    r"-LORA.(kasa|monteclora)_config.*-bnb-": (
+        "PEFT passes KaSA and MonteCLoRA over in silence on quantised layers"
+    ),
     r"-LORA.use_bdlora.*-bnb-": "PEFT passes `use_bdlora` over in silence on quantised layers",
     r"-LORA.use_qalora": "PEFT passes `use_qalora` over in silence, except on GPTQ's layers",
     r"(outputs|gradients)_agree-(TRAINABLE_TOKENS|TOKEN_ADAPTER).*-linear-": (

@@ -47,7 +47,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"alora_invocation_tokens": [1, 2]},
     {"init_lora_weights": "mica", "r": 4},
     {"kasa_config": {}, "r": 3},
-    {"monteclora_config": {"num_samples": 3, "buffer_size": 1}, "r": 4},
+    {"monteclora_config": {"num_samples": 4, "buffer_size": 1}, "r": 4},
     {"velora_config": {"num_groups": 5}, "r": 4},
 ]
 """Variants of LoRA that need nothing but the layer."""

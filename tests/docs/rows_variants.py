@@ -14,6 +14,7 @@ import multigraft
 from multigraft import ConfigError, RoutingError, StateError, UnsupportedError
 from multigraft.variants import monteclora
 from tests.docs.comparison import Raises, X, config, graft, layers, llama, near, net, row
+from tests.storage.cases import CASES as STORAGES
 
 INVOKED = torch.tensor([[5, 6, 7, 8], [3, 4, 5, 6]])
 PLAIN = torch.tensor([[7, 8, 9, 3], [3, 4, 9, 8]])
@@ -233,6 +234,17 @@ def _(library, folder):
     model = graft(library, ["up"], kasa_config={})
     with model.disable_adapter():
         return near(model(X), net()(X))
+
+
+@row("KaSA and MonteCLoRA on 4-bit and 8-bit layers", peft=[False, False], ours=[True, True])
+def _(library, folder):
+    found = []
+    for option, part in (("kasa_config", "lora_diag"), ("monteclora_config", "std_prior")):
+        base = nn.Sequential(STORAGES["bnb-nf4"].build(nn.Linear(64, 64)))
+        base.is_loaded_in_4bit = True
+        model = graft(library, ["0"], base=base, **{option: {}})
+        found.append(any(part in name for name, _ in model.named_parameters()))
+    return found
 
 
 @row("KaSA beside adapters without it", peft=Raises(ValueError, "KaSA"), ours=True)
