@@ -213,12 +213,49 @@ def test_a_scaling_that_cannot_be_divided_by_is_refused() -> None:
         get_peft_model(net(), LoraConfig(**options("olora", lora_alpha=0)))
 
 
+@pytest.mark.parametrize("init", [*EXACT, "orthogonal", "corda", "loftq"])
+def test_layers_that_are_no_matrix_are_refused_with_what_to_do(init: str) -> None:
+    base = nn.Sequential(nn.Conv1d(4, 4, 1), nn.Linear(4, 4))
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=init)
+    with pytest.raises(TargetError, match="for linear layers, not for conv; leave this layer"):
+        get_peft_model(base, config)
+
+
+def test_convolutions_begin_as_plain_lora_under_lora_ga_as_in_peft() -> None:
+    base = nn.Sequential(nn.Conv1d(4, 4, 1))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"], init_lora_weights="lora_ga"))
+    assert set(multigraft.get_peft_model_state_dict(model)) == {
+        "base_model.model.0.lora_A.weight",
+        "base_model.model.0.lora_B.weight",
+    }
+
+
 @pytest.mark.parametrize("init", [*EXACT, "orthogonal"])
-def test_layers_that_are_no_matrix_are_refused(init: str) -> None:
-    base = nn.Sequential(nn.Embedding(10, 8), nn.Conv1d(4, 4, 1))
-    for target, kind in (("0", "embedding"), ("1", "conv")):
-        with pytest.raises(TargetError, match=f"for linear layers, not for {kind}"):
-            get_peft_model(base, LoraConfig(r=2, target_modules=[target], init_lora_weights=init))
+def test_embeddings_among_the_targets_begin_as_plain_lora_as_in_peft(
+    init: str, tmp_path: Path
+) -> None:
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        layers = nn.Embedding(10, 16), net()
+        return nn.Sequential(*layers).requires_grad_(False).eval()
+
+    given = options(init, target_modules=["0", "first"])
+    ids = torch.arange(10)
+    model = get_peft_model(base(), LoraConfig(**given)).eval()
+    assert off(model(ids), base()(ids)) < 1e-6
+    assert not factors_of_lookup(model)[0].any()
+    with quiet():
+        other = peft.get_peft_model(base(), peft.LoraConfig(**given)).eval()
+    assert not factors_of_lookup(other)[0].any()
+    train(other).save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base(), tmp_path).eval()
+    assert off(again(ids), other(ids)) < 1e-5
+
+
+def factors_of_lookup(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B at the embedding."""
+    layer = model.get_base_model().get_submodule("0")
+    return layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
 
 
 def test_variants_that_do_not_know_of_it_are_refused() -> None:

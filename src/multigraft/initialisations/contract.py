@@ -17,14 +17,16 @@ An initialisation is one file: a class that is registered by the name that `init
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from multigraft.bases import Geometry
 from multigraft.config import require
 from multigraft.errors import ConfigError, MultigraftWarning, did_you_mean
 from multigraft.methods.contract import Params, TensorSpec
@@ -65,6 +67,9 @@ class Initialisation:
     `takes_out` do, over the scaling."""
     geometries: ClassVar[frozenset[str] | None] = None
     """Names of the geometries that it is for; None for all."""
+    plain_on: ClassVar[frozenset[str]] = frozenset()
+    """Names of geometries that may be among the targets all the same, and where plain LoRA begins
+    in its place, as in PEFT."""
     option: ClassVar[str | None] = None
     """The field of the config that holds its options."""
     options: ClassVar[type | None] = None
@@ -74,6 +79,10 @@ class Initialisation:
     def reads(cls, value: str) -> Initialisation | None:
         """The initialisation when ``value``, in lower case, means this one."""
         return cls() if value == cls.name else None
+
+    def at(self, geometry: Geometry) -> Initialisation:
+        """What begins at a layer of this kind: this one, or plain LoRA."""
+        return Plain() if geometry.name in self.plain_on else self
 
     def check(self, config: Any) -> None:
         """Raise `ConfigError` where the config's other options do not go with this one."""
@@ -133,6 +142,31 @@ class Initialisation:
             params: all of the adapter's tensors; writes to others than ``missing`` are dropped.
         """
         self.reset(lora, params)
+
+
+class Plain(Initialisation):
+    """B = 0, so that nothing changes, and A as `nn.Linear` begins.
+
+    On an embedding A is zero and B normal: each column of A is one token's code.
+    """
+
+    def fill(self, lora: LowRank, A: Tensor, B: Tensor) -> None:
+        if lora.geometry.name == "embedding":
+            nn.init.zeros_(A)
+            nn.init.normal_(B)
+        else:
+            self.fill_a(lora, A)
+            nn.init.zeros_(B)
+
+    def fill_a(self, lora: LowRank, A: Tensor) -> None:
+        """Write A's values where B is zero."""
+        kaiming(A)
+
+
+def kaiming(tensor: Tensor) -> None:
+    """Kaiming uniform with ``a = sqrt(5)``: the bound is 1 / sqrt(fan in)."""
+    bound = 1 / math.sqrt(max(1, tensor[0].numel()))
+    tensor.uniform_(-bound, bound)
 
 
 def moved(A: Tensor, B: Tensor, params: Params) -> tuple[Tensor, Tensor]:

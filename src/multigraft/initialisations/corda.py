@@ -100,6 +100,7 @@ class CorDA(Initialisation):
 
     takes_out = True
     geometries = MATRICES
+    plain_on = frozenset({"embedding"})
     option = "corda_config"
     options = CordaConfig
 

@@ -12,11 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
-
 from multigraft.config import require
-from multigraft.initialisations._kaiming import kaiming
-from multigraft.initialisations.contract import Initialisation, LowRank, initialisation
+from multigraft.initialisations.contract import Plain, initialisation
 
 
 @dataclass
@@ -48,16 +45,8 @@ class EvaConfig:
 
 
 @initialisation("eva")
-class EVA(Initialisation):
+class EVA(Plain):
     """As plain LoRA begins, until data is shown."""
 
     option = "eva_config"
     options = EvaConfig
-
-    def fill(self, lora: LowRank, A: Tensor, B: Tensor) -> None:
-        if lora.geometry.name == "embedding":
-            nn.init.zeros_(A)
-            nn.init.normal_(B)
-        else:
-            kaiming(A)
-            nn.init.zeros_(B)

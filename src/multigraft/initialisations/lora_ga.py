@@ -92,6 +92,7 @@ class LoRAGA(Initialisation):
 
     takes_out = True
     geometries = MATRICES
+    plain_on = frozenset({"embedding", "conv"})
     option = "lora_ga_config"
     options = LoraGAConfig
 

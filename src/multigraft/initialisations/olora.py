@@ -21,6 +21,7 @@ class OLoRA(Initialisation):
 
     takes_out = True
     geometries = MATRICES
+    plain_on = frozenset({"embedding"})
 
     def fill(self, lora: LowRank, A: Tensor, B: Tensor) -> None:
         Q, R = torch.linalg.qr(weight(lora))

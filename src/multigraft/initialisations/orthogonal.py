@@ -21,6 +21,7 @@ class Orthogonal(Initialisation):
     """Both factors random, their product zero."""
 
     geometries = MATRICES
+    plain_on = frozenset({"embedding"})
 
     def refusal(self, lora: LowRank) -> str | None:
         if lora.rank % 2:

@@ -34,6 +34,7 @@ class PiSSA(Initialisation):
 
     takes_out = True
     geometries = MATRICES
+    plain_on = frozenset({"embedding"})
 
     def __init__(self, iterations: int | None = None) -> None:
         self.iterations = iterations

@@ -11,29 +11,22 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from multigraft.initialisations._kaiming import kaiming
-from multigraft.initialisations.contract import Initialisation, LowRank, initialisation
+from multigraft.initialisations.contract import (
+    Initialisation,
+    LowRank,
+    Plain,
+    initialisation,
+    kaiming,
+)
 
 
 @initialisation("true")
-class Kaiming(Initialisation):
+class Kaiming(Plain):
     """A as `nn.Linear` begins, B at zero."""
-
-    def fill(self, lora: LowRank, A: Tensor, B: Tensor) -> None:
-        if lora.geometry.name == "embedding":
-            nn.init.zeros_(A)
-            nn.init.normal_(B)
-        else:
-            self.fill_a(lora, A)
-            nn.init.zeros_(B)
-
-    def fill_a(self, lora: LowRank, A: Tensor) -> None:
-        """Write A's values where B is zero."""
-        kaiming(A)
 
 
 @initialisation("gaussian")
-class Gaussian(Kaiming):
+class Gaussian(Plain):
     """A normal, B at zero."""
 
     def fill_a(self, lora: LowRank, A: Tensor) -> None:

@@ -167,7 +167,7 @@ class LoRA(Method):
         self.dropout = 0.0 if is_lookup else config.lora_dropout
         self.bias = "lora_B.bias" if config.lora_bias else None
         self.follows_ties = config.ensure_weight_tying
-        self.start = initialisations.initialisation_for(config)
+        self.start = initialisations.initialisation_for(config).at(self.geometry)
         self.variant = variant_for(config)
         self.own = None if self.variant is None or self.variant.is_pair else self.variant
         """The variant, where it does more than its pair of factors says."""
