@@ -26,7 +26,7 @@ from multigraft.errors import NestingError, RoutingError, StateError
 from multigraft.facade import LayerFacade
 from multigraft.fused import fused
 from multigraft.graft import Graft
-from multigraft.kernels import MANY_TOKENS
+from multigraft.kernels import IS_TRACED, MANY_TOKENS
 from multigraft.mixed import run_rows
 from multigraft.storage import storage_of
 
@@ -158,14 +158,16 @@ class AdaptedLayer(LayerFacade, nn.Module):
 
     def _may_share(self, x: Any, route: Any) -> bool:
         """Whether this is a plain call of this very module that others may gain from."""
+        is_traced = torch.compiler.is_compiling()
         return (
             type(x) is Tensor
+            and (IS_TRACED or not is_traced)
             and (
                 route is not None
+                or is_traced
                 or torch.is_grad_enabled()
                 or x.numel() >= MANY_TOKENS * x.shape[-1]
             )
-            and not torch.compiler.is_compiling()
             and not torch._C._are_functorch_transforms_active()
             and "_is_replica" not in self.__dict__
         )

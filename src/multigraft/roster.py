@@ -69,6 +69,8 @@ class Roster:
         """What keeps adapters that are not needed on the CPU, if that is wanted."""
         self.replication: Replication | None = None
         """The list of layers that stands in for the base's own, if one does."""
+        self.batchable: dict[str, list[AdaptedLayer]] = {}
+        """Adapters that were found able to serve single rows, with the layers that they had."""
         self.siblings: dict[str, Siblings] = {}
         """Adapted layers of one parent, by its path."""
         self.thawed: list[nn.Parameter] = []
@@ -284,6 +286,8 @@ class Roster:
                 f"`adapter_names`: `{name}` is a {context.name}, which changes the context of a "
                 "whole batch. Give it a batch of its own with set_adapter()."
             )
+        if self.batchable.get(name) is self.layers[name]:
+            return
         for _, graft in self.grafts(name):
             if not graft.method.batchable:
                 raise RoutingError(
@@ -295,6 +299,7 @@ class Roster:
                     f"`adapter_names`: `{name}` acts on {graft.site}, where the rows of a batch "
                     "cannot be told apart. Give it a batch of its own with set_adapter()."
                 )
+        self.batchable[name] = self.layers[name]
 
     def need(self, names: Sequence[str]) -> None:
         """Bring these adapters' tensors to their layers, if they wait elsewhere."""

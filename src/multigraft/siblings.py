@@ -166,6 +166,8 @@ def _name(layer: AdaptedLayer) -> str:
 
 def _state(x: Tensor, route: Route | None) -> tuple[Any, ...]:
     """What an output for ``x`` depends on besides the layer; inference tensors count no writes."""
+    if torch.compiler.is_compiling():
+        return ()  # one trace has one route and mode, and what it calls writes to no input
     return 0 if x.is_inference() else x._version, torch.is_grad_enabled(), id(route)
 
 

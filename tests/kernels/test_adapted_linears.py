@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from multigraft.kernels import Part, Stack
 from multigraft.kernels.adapted_linear import (
@@ -214,4 +214,34 @@ def test_torch_func_maps_over_inputs() -> None:
     x, parts = make(2, 1, 3, ())
     per_row = torch.func.vmap(lambda row: tuple(y[0] for y in adapted_linears(row[None], parts)))
     for one, two in zip(per_row(x), by_hand(x, parts), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+class Compiled(nn.Module):
+    """Layers whose factors are parameters."""
+
+    def __init__(self, parts: list[Part], adapters: int) -> None:
+        super().__init__()
+        self.parts, self.adapters = parts, adapters
+        self.factors = nn.ParameterList(t for part in parts for t in (*part.A, *part.B))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A sum in which each layer's output has a weight of its own."""
+        n, own = self.adapters, []
+        for i, part in enumerate(self.parts):
+            factors = [self.factors[2 * n * i + j] for j in range(2 * n)]
+            own.append(part._replace(A=tuple(factors[:n]), B=tuple(factors[n:])))
+        ys = adapted_linears(x, own)
+        return torch.stack([(y * (i + 1)).pow(2).sum() for i, y in enumerate(ys)]).sum()
+
+
+@pytest.mark.parametrize(("layers", "adapters"), [(1, 1), (3, 1), (2, 2)])
+def test_compiled_without_a_break_they_give_the_same_gradients(layers: int, adapters: int) -> None:
+    x, parts = make(layers, adapters, 2, (3,))
+    model = Compiled(parts, adapters)
+    wanted = torch.autograd.grad(model(x), [x, *model.factors])
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    found = torch.autograd.grad(compiled(x), [x, *model.factors])
+    for one, two in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, two)

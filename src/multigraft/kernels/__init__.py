@@ -4,10 +4,12 @@ from multigraft.kernels.adapted_linear import MANY_TOKENS, Dropped, adapted_line
 from multigraft.kernels.compressed import compressed_linear, group_size, grouped_features
 from multigraft.kernels.layout import Part, Stack, constants
 from multigraft.kernels.low_rank import low_rank_add
+from multigraft.kernels.node import IS_TRACED
 from multigraft.kernels.reweighted_linear import reweighted_linear
 from multigraft.kernels.routed import grouped, masked
 
 __all__ = [
+    "IS_TRACED",
     "MANY_TOKENS",
     "Dropped",
     "Part",

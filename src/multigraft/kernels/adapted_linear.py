@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from multigraft.kernels.layout import Layout, Part, Stack, constants, layout_for
-from multigraft.kernels.node import Node
+from multigraft.kernels.node import IS_TRACED, Node
 
 MANY_TOKENS = 1024
 """From so many tokens on, writing the narrow product first saves a pass over y."""
@@ -84,12 +84,14 @@ def adapted_linears(
     tensors: list[Tensor | None] = []
     for part in parts:
         tensors += (part.W, part.bias, *part.A, *part.B)
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    is_traced = torch.compiler.is_compiling()
+    if not torch.is_grad_enabled() or (is_traced and not IS_TRACED):
         seen = x if dropped is None else dropped.x
         A, Bs = stack or layout.stacked(tensors, x.dtype)
         flat = _forward(layout, x, seen, A, Bs, tensors)[0]
     else:
-        found = _AdaptedLinears.apply(layout, x, *(dropped or (None, None, 1.0)), *tensors)
+        node = _Traced if is_traced else _AdaptedLinears
+        found = node.apply(layout, x, *(dropped or (None, None, 1.0)), *tensors)
         flat = found[-layout.layers :]
     if x.dim() == 2:
         return list(flat)
@@ -181,32 +183,72 @@ class _AdaptedLinears(Node):
         dys = grads[1 + ctx.stacked :]
         seen, mask, s, *more = ctx.saved_tensors
         ready, tensors = more[: ctx.stacked], more[ctx.stacked :]
-        needs_x, needs_seen, _, _, *needs = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():
             # To autograd, what was kept is no function of x and the factors, as second gradients
             # need it.
-            A, Bs = layout.stacked(tensors, seen.dtype)
-            s = _narrow(layout, seen, A)
+            stack = layout.stacked(tensors, seen.dtype)
+            s = _narrow(layout, seen, stack.A)
         else:
-            A, Bs = layout.again(ready, tensors, seen.dtype)
-        ds = _narrow_gradient(layout, dys, Bs, s)
-        own = None
-        if needs_x or needs_seen:
-            own = _product(ds, A).view(-1, ctx.shape[-1])
-        dx = dseen = None
-        if not ctx.is_apart:
-            dx = own
-        elif mask is None:
-            dseen = None if own is None else own.view(ctx.shape)
-        elif own is not None:
-            dx = torch.ops.aten.native_dropout_backward(own, mask.view_as(own), ctx.kept)
-        if needs_x:
-            for W, dy in zip(tensors[:: layout.size], dys, strict=True):
-                if dy is not None:
-                    dx = torch.mm(dy, W) if dx is None else dx.addmm_(dy, W)
-            dx = None if dx is None else dx.view(ctx.shape)
-        found = _factor_gradients(layout, dys, ds, s, seen, tensors, needs)
-        return None, dx, dseen if needs_seen else None, None, None, *found
+            stack = layout.again(ready, tensors, seen.dtype)
+        return _gradients(ctx, stack, (seen, mask, s), tensors, dys)
+
+
+class _Traced(torch.autograd.Function):
+    """The same for `torch.compile`, which keeps what it likes: outputs are the layers' alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, layout: Layout, x: Tensor, seen: Any, mask: Any, kept: float, *tensors: Any
+    ) -> tuple[Tensor, ...]:
+        read = x if seen is None else seen
+        A, Bs = layout.stacked(tensors, x.dtype)
+        ys, s = _forward(layout, x, read, A, Bs, tensors)
+        ctx.layout, ctx.shape, ctx.is_apart, ctx.kept = layout, x.shape, seen is not None, kept
+        held = list(tensors)
+        held[1 :: layout.size] = [None] * layout.layers
+        ctx.save_for_backward(read, mask, s, *held)
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
+        seen, mask, s, *tensors = ctx.saved_tensors
+        stack = ctx.layout.stacked(tensors, seen.dtype)
+        return _gradients(ctx, stack, (seen, mask, s), tensors, dys)
+
+
+def _gradients(
+    ctx: Any,
+    stack: Stack,
+    kept: tuple[Tensor, Tensor | None, Tensor],
+    tensors: Sequence[Tensor],
+    dys: Sequence[Tensor | None],
+) -> tuple[Any, ...]:
+    """Gradients of a node's inputs.
+
+    Args:
+        kept: what the factors saw, its mask and s.
+    """
+    layout: Layout = ctx.layout
+    seen, mask, s = kept
+    needs_x, needs_seen, _, _, *needs = ctx.needs_input_grad[1:]
+    ds = _narrow_gradient(layout, dys, stack.Bs, s)
+    own = None
+    if needs_x or needs_seen:
+        own = _product(ds, stack.A).view(-1, ctx.shape[-1])
+    dx = dseen = None
+    if not ctx.is_apart:
+        dx = own
+    elif mask is None:
+        dseen = None if own is None else own.view(ctx.shape)
+    elif own is not None:
+        dx = torch.ops.aten.native_dropout_backward(own, mask.view_as(own), ctx.kept)
+    if needs_x:
+        for W, dy in zip(tensors[:: layout.size], dys, strict=True):
+            if dy is not None:
+                dx = torch.mm(dy, W) if dx is None else dx.addmm_(dy, W)
+        dx = None if dx is None else dx.view(ctx.shape)
+    found = _factor_gradients(layout, dys, ds, s, seen, tensors, needs)
+    return None, dx, dseen if needs_seen else None, None, None, *found
 
 
 def _narrow_gradient(
@@ -292,4 +334,6 @@ def _scaled(left: Tensor, right: Tensor, scale: float) -> Tensor:
     if scale == 1.0:
         return _product(left, right)
     add = torch.addmm if left.dim() == 2 else torch.baddbmm
-    return add(constants((0.0,), left.dtype, left.device), left, right, beta=0, alpha=scale)
+    is_traced = torch.compiler.is_compiling()
+    nothing = left.new_empty(()) if is_traced else constants((0.0,), left.dtype, left.device)
+    return add(nothing, left, right, beta=0, alpha=scale)

@@ -142,12 +142,16 @@ class Layout:
 
 def layout_for(parts: Sequence[Part]) -> Layout:
     """The layout of these layers; made once for each kind of them."""
-    if len(parts) == 1 and len(parts[0].A) == 1:
+    if len(parts) == 1 and len(parts[0].A) == 1 and not torch.compiler.is_compiling():
         return _single(parts[0].scale, parts[0].B[0].shape[-1])
-    return _layout_of(tuple((part.scale, tuple(b.shape[-1] for b in part.B)) for part in parts))
+    kinds = tuple([(part.scale, tuple([b.shape[-1] for b in part.B])) for part in parts])
+    # Traced through, the cache would be an opaque call.
+    return Layout(kinds) if torch.compiler.is_compiling() else _layout_of(kinds)
 
 
-_layout_of = lru_cache(maxsize=256)(Layout)
+@lru_cache(maxsize=256)
+def _layout_of(parts: tuple[tuple[tuple[float, ...], tuple[int, ...]], ...]) -> Layout:
+    return Layout(parts)
 
 
 @lru_cache(maxsize=256)

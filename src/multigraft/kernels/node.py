@@ -11,6 +11,12 @@ from typing import Any
 
 import torch
 
+IS_TRACED = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
+"""Whether `torch.compile` gives the gradients of a function that is traced into the graph.
+
+With torch 2.11 they came out as zero; there, what is compiled is made of plain operators.
+"""
+
 
 class Node(torch.autograd.Function):
     """A function whose ``forward`` takes all its inputs by position and has no defaults."""
