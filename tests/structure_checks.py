@@ -18,8 +18,8 @@ from pathlib import Path
 LAYERS = ("methods", "variants", "initialisations", "bases", "storage", "kernels")
 FACES = ("contract", "registry")  # what a layer shows to its own files and to the other layers
 OWNERS = {"variants": "methods.lora", "initialisations": "methods.lora"}
-"""Layers that one file alone may import: variants and initialisations are LoRA's own sub-registries,
-so LoRA asks them who acts, and they know methods through their contract only."""
+"""Layers that one file alone may import: variants and initialisations are LoRA's sub-registries, so
+LoRA asks them who acts, and they know methods through their contract only."""
 FOUNDATIONS = {
     "errors": (),
     "registry": ("errors",),
