@@ -22,7 +22,9 @@ from multigraft import (
     UnsupportedError,
     extract_lora,
     get_peft_model,
+    set_peft_model_state_dict,
 )
+from tests.combine.test_exact_sums import LAYERS
 from tests.laws import fingerprint
 from tests.oracle import Net, build, inputs, llama, output, quiet
 
@@ -60,6 +62,45 @@ def test_the_whole_difference_is_the_tuned_model(tmp_path: Path) -> None:
         theirs = peft.PeftModel.from_pretrained(build(Net), tmp_path).eval()
     for model in (PeftModel.from_pretrained(build(Net), tmp_path).eval(), theirs):
         torch.testing.assert_close(output(model, batch), output(goal, batch), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", [n for n in LAYERS if n != "grouped"])
+def test_every_kind_of_layer_is_extracted(name: str) -> None:
+    """In float64, which stays; an attention's other tensors are named."""
+    make, shape, where = LAYERS[name]
+    torch.manual_seed(1)
+    base = make().double().eval()
+    goal = copy.deepcopy(base)
+    config = LoraConfig(**{"target_modules": ["layer"], **where})
+    targeted = PeftModel(copy.deepcopy(base), config).base_model.layers()[0].path
+    with torch.no_grad():
+        for path, parameter in goal.named_parameters():
+            if name != "out_proj" or path.endswith("out_proj.weight"):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    found = extract_lora(base, goal, 1.0, config)
+    assert found.left_out == [] and found.residuals[0].path.startswith(targeted)
+    x = torch.randn(shape, dtype=torch.float64)
+    expected, before = goal(x), base(x)
+    model = PeftModel(base, found.config)
+    set_peft_model_state_dict(model, found.state_dict)
+    torch.testing.assert_close(model.eval()(x), expected)
+    assert not torch.allclose(before, expected, atol=1e-3)
+
+
+def test_biases_that_a_layer_cannot_have_are_named() -> None:
+    base, goal = (nn.MultiheadAttention(8, 2) for _ in range(2))
+    found = extract_lora(
+        nn.ModuleList([base]), nn.ModuleList([goal]), 1.0, LoraConfig(target_modules=["0"])
+    )
+    assert {r.path for r in found.residuals} == {"0.in_proj_weight", "0.out_proj"}
+    assert found.left_out == []
+    with torch.no_grad():
+        goal.in_proj_bias.fill_(1.0)
+        goal.out_proj.bias.fill_(1.0)
+    found = extract_lora(
+        nn.ModuleList([base]), nn.ModuleList([goal]), 1.0, LoraConfig(target_modules=["0"])
+    )
+    assert found.left_out == ["0.in_proj_bias", "0.out_proj.bias"]
 
 
 def test_biases_are_taken_over_exactly(tmp_path: Path) -> None:

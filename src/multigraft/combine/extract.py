@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,8 @@ def extract_lora(
         )
     biases = _biases(prepared, cuts, values)
     copies = _copies(prepared, values)
-    made, state = assembled(tuner, prepared.config, cuts, biases, copies, torch.float32)
+    dtype = reduce(torch.promote_types, (cut.a.dtype for cut in cuts.values()))
+    made, state = assembled(tuner, prepared.config, cuts, biases, copies, dtype)
     lost = sum((cut.error * norm) ** 2 for cut, norm in zip(cuts.values(), norms, strict=True))
     return Extraction(
         config=made,
