@@ -122,6 +122,17 @@ def test_several_adapters_begin_from_the_same_data() -> None:
         assert torch.equal(factors(model, path)[0], factors(model, path, "other")[0])
 
 
+def test_an_adapter_beside_others_begins_where_one_on_the_base_does() -> None:
+    config = LoraConfig(**options("corda"))
+    model = get_peft_model(net(), LoraConfig(**options(True)), "other").eval()
+    preprocess_corda(model, config, lambda: [model(x) for x in DATA])
+    model.add_adapter("default", config)
+    alone = net()
+    preprocess_corda(alone, config, lambda: [alone(x) for x in DATA])
+    expected = factors(get_peft_model(alone, config), "first")
+    assert all(torch.equal(a, b) for a, b in zip(factors(model, "first"), expected, strict=True))
+
+
 def test_pefts_file_needs_the_data_and_gives_its_output_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

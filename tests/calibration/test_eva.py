@@ -223,6 +223,18 @@ def test_ranks_beyond_the_layers_inputs_are_not_asked_for() -> None:
     assert sum(map(len, found.values())) == 12
 
 
+def test_rows_of_every_process_are_gathered(tmp_path: Path) -> None:
+    alone = given(small())
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        assert all(torch.equal(given(small())[name], V) for name, V in alone.items())
+        apart = given(small(), gather_distributed_inputs=False)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(torch.equal(apart[name], V) for name, V in alone.items())
+
+
 BAD: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     (small, {"data": []}, DataError, "`dataloader` is empty"),
     (small, {"data": [batch(3)]}, DataError, r"no batch has as many rows .* \(8\)"),

@@ -18,6 +18,7 @@ from multigraft.methods.lora import LoRA, LoraConfig
 from multigraft.model import PeftModel
 from multigraft.prepare import prepare
 from multigraft.site import Site
+from multigraft.tuner import base_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +59,9 @@ def places_of(model: nn.Module, config: LoraConfig, adapter: str | None = None) 
     """The linear layers that an adapter acts on, in the model's order.
 
     Args:
-        model: a base model for which the config is meant, or a `PeftModel` that has the adapter.
-        adapter: its name, in a `PeftModel`.
+        model: a base model for which the config is meant, adapted or not, or a `PeftModel` that
+            has the adapter.
+        adapter: its name, in a `PeftModel` that has it.
 
     Raises:
         TargetError: there is none.
@@ -71,7 +73,7 @@ def places_of(model: nn.Module, config: LoraConfig, adapter: str | None = None) 
             for layer, g in adapted
         ]
     else:
-        parts = prepare(model, "calibration", config).parts
+        parts = prepare(base_of(model), "calibration", config).parts
         places = [
             Place(n.site.path, n.site.path, n.spot.wrapper or n.spot.layer, n.site, method.rank)
             for n, method in parts

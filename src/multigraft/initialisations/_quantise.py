@@ -53,10 +53,17 @@ def dequantise(codes: Tensor, scales: Tensor, out: int, in_: int, bits: int) -> 
     """The weight ``(out, in)`` that these stand for, in float32."""
     if bits == 8:
         return codes.view(torch.int8).view(out, in_) * (scales.float() / 127)[:, None]
-    shifts = range(8 - bits, -1, -bits)
-    parts = torch.stack([codes >> shift & (2**bits - 1) for shift in shifts], dim=1)
-    values = _levels(bits).to(codes.device)[parts.view(-1, BLOCK).int()]
-    return (values * scales.float()[:, None]).flatten()[: out * in_].view(out, in_)
+    values = torch.nn.functional.embedding(codes.int(), _of_bytes(bits).to(codes.device))
+    blocks = values.view(-1, BLOCK) * scales.float()[:, None]
+    return blocks.flatten()[: out * in_].view(out, in_)
+
+
+@lru_cache(maxsize=4)
+def _of_bytes(bits: int) -> Tensor:
+    """The levels that each byte's codes stand for, ``(256, 8 / bits)``: one look-up for all."""
+    every = torch.arange(256)
+    codes = [every >> shift & (2**bits - 1) for shift in range(8 - bits, -1, -bits)]
+    return _levels(bits)[torch.stack(codes, dim=1)]
 
 
 @lru_cache(maxsize=4)
