@@ -77,9 +77,9 @@ class Memo:
                 of which nothing is kept.
             key: what else it is computed of, to be equal.
         """
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return compute()
         tensors = [*trained, *frozen]
+        if _is_recorded(tensors):
+            return compute()
         if self._value is not None and self._key == key and self._is_current(trained, tensors):
             return self._value
         with torch.inference_mode(False), torch.no_grad():  # training must be able to use it later
@@ -110,6 +110,14 @@ class Memo:
             if tensor is None or not _is_same(tensor, mark):
                 return False
         return all(map(torch.equal, trained, self._values))
+
+
+def _is_recorded(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether what runs now will be run again without this code, or sees no plain tensors."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    is_cuda = any(t is not None and t.is_cuda for t in tensors)
+    return is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _mark(tensor: Tensor, known: Mark | None = None) -> Mark | None:
