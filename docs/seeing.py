@@ -100,7 +100,8 @@ eight tensors differ, and yet at three of four sites both adapters do the same. 
 for several shows the largest of their distances, the smallest cosine, and norms over all of them;
 `--json` has each by itself. The distances are computed from the factors. Methods whose change
 depends on the base's weights (DoRA, IA3, LoHa, …) are compared with `--base`. The exit code is that
-of `diff`: 0 when both are the same to the bit, 1 when they differ, 2 after a mistake. In Python: `multigraft.diff("one", "two")`.
+of `diff`: 0 when both are the same to the bit, 1 when they differ, 2 after a mistake. In Python:
+`multigraft.diff("one", "two")`.
 
 ## Adapters on disk, side by side
 
