@@ -146,6 +146,26 @@ def _(library, folder):
     return bool(load(library, folder))
 
 
+@row("a file behind a link out of its folder", peft=True, ours=Raises(CheckpointError, "cp -L"))
+def _(library, folder):
+    place = saved(folder / "adapter")
+    (place / WEIGHTS).rename(folder / WEIGHTS)
+    (place / WEIGHTS).symlink_to(folder / WEIGHTS)
+    return bool(load(library, place))
+
+
+@row("a key twice in `adapter_config.json`", peft=True, ours=Raises(ConfigError, "`r` stands"))
+def _(library, folder):
+    text = (saved(folder) / CONFIG).read_text()
+    (folder / CONFIG).write_text(text.replace('"r": 2', '"r": 3, "r": 2'))
+    return bool(load(library, folder))
+
+
+@row("an expression that could take for ever", peft=True, ours=Raises(ConfigError, "for ever"))
+def _(library, folder):
+    return bool(graft(library, r"(h*e*a*d*)*"))  # which has names of a few letters to try
+
+
 @row('`save_embedding_layers="auto"`', peft=1, ours=0)
 def _(library, folder):
     graft(library, ["embed_tokens"], "default", llama()).save_pretrained(folder)
