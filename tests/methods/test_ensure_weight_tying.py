@@ -163,6 +163,22 @@ def test_rows_of_a_batch_have_tied_adapters_of_their_own():
     torch.testing.assert_close(mixed, torch.stack([own[0], base[1], own[2]]))
 
 
+@pytest.mark.parametrize("rule", ["cat", "svd"])
+def test_tied_pairs_combine_and_stay_tied(rule: str):
+    model = ours(target_modules=["embed_tokens", "q_proj"])
+    second = LoraConfig(target_modules=["embed_tokens", "q_proj"], r=3, ensure_weight_tying=True)
+    model.add_adapter("b", second)
+    model.base_model.set_adapter(["default", "b"])
+    fill(model)
+    both = output(model.eval(), inputs(model))
+    model.add_weighted_adapter(["default", "b"], [1.0, 1.0], "sum", rule, svd_rank=5)
+    model.set_adapter("sum")
+    torch.testing.assert_close(output(model, inputs(model)), both, atol=1e-4, rtol=1e-4)
+    assert {f"{HEAD}lora_A.weight", f"{EMBEDDING}lora_embedding_B"} < {
+        *multigraft.get_peft_model_state_dict(model, adapter_name="sum")
+    }
+
+
 @pytest.mark.parametrize("maker", [llama, bert_classifier])
 def test_nothing_to_tie_is_said(maker):
     with pytest.warns(MultigraftWarning, match="nothing to tie"):

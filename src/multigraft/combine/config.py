@@ -101,7 +101,8 @@ def prepared_like(
         except TargetError as refused:
             error = refused
             continue
-        if {(site.path, site.parameter) for site in prepared.main_sites} == wanted:
+        own = [site for site in prepared.main_sites if site.tied is None]
+        if {(site.path, site.parameter) for site in own} == wanted:
             return prepared
     raise error or TargetError(
         f"`target_modules`: no set of names means exactly the {len(wanted)} sites of the adapters "
