@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from multigraft.graft import Graft
 from multigraft.methods import METHODS
 from tests.contracts.pairs import STORAGES, TARGET, Pair, Subject
 from tests.laws import bits_of
+
+REFUSALS = (multigraft.TargetError, multigraft.UnsupportedError, multigraft.ConfigError)
 
 
 def attach(pair: Pair, *adapters: str, subject: Subject | None = None) -> PeftModel:
@@ -93,12 +96,32 @@ def base_bits(model: PeftModel) -> dict[str, bytes]:
     return {n: bits_of(t) for n, t in layer.state_dict().items() if isinstance(t, Tensor)}
 
 
+class Tried(NamedTuple):
+    """What came of attaching a pair's adapter.
+
+    Args:
+        standing: ``"supported"``, ``"refused"``, or ``"passed by"``: not acting on the layer.
+        mergeable: whether the method's instance there has a merged form.
+    """
+
+    standing: str
+    mergeable: bool = False
+
+
 @functools.lru_cache(None)
+def tried(pair: Pair) -> Tried:
+    """Attached once, for all that is asked."""
+    try:
+        model = multigraft.get_peft_model(pair.subject(), CONFIGS[pair.peft_type](**pair.kwargs()))
+    except REFUSALS:
+        return Tried("refused")
+    found = acting(model, pair, "default")
+    return Tried("supported", found[0].method.mergeable) if found else Tried("passed by")
+
+
 def mergeable(pair: Pair) -> bool:
-    """Whether the method's instance at this site has a merged form, and the storage takes it."""
-    if not (METHODS[pair.method].mergeable and STORAGES[pair.storage].merges):
-        return False
-    return grafts(attach(pair), pair)[0].method.mergeable
+    """Whether the method has a merged form at this site, and the storage takes it."""
+    return tried(pair).mergeable and STORAGES[pair.storage].merges
 
 
 def replaces(pair: Pair) -> bool:

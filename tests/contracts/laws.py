@@ -11,7 +11,6 @@ name. Exact laws run in float64 where the storage is plain, and within its own r
 from __future__ import annotations
 
 import copy
-import functools
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from multigraft.config import CONFIGS
 from multigraft.methods import METHODS
 from multigraft.storage import storage_of
 from tests.contracts.at_work import (
-    acting,
+    REFUSALS,
     assert_near,
     attach,
     base_bits,
@@ -40,11 +39,10 @@ from tests.contracts.at_work import (
     mergeable,
     replaces,
     tolerance,
+    tried,
 )
 from tests.contracts.pairs import ONLY_DENSE, ROWS, STORAGES, TARGET, Pair, Subject
 from tests.laws import fingerprint
-
-REFUSALS = (multigraft.TargetError, multigraft.UnsupportedError, multigraft.ConfigError)
 
 
 @dataclass(frozen=True)
@@ -330,24 +328,14 @@ def deleting_leaves_no_trace(pair: Pair) -> None:
 # -- where a pair is not supported ----------------------------------------------------------------
 
 
-@functools.lru_cache(None)
-def standing(pair: Pair) -> str:
-    """``"supported"``, ``"refused"``, or ``"passed by"``: attached, but not acting on the layer."""
-    try:
-        model = multigraft.get_peft_model(pair.subject(), CONFIGS[pair.peft_type](**pair.kwargs()))
-    except REFUSALS:
-        return "refused"
-    return "supported" if acting(model, pair, "default") else "passed by"
-
-
 def is_supported(pair: Pair) -> bool:
     """Whether the config can be attached, and makes this method act on the layer."""
-    return standing(pair) == "supported"
+    return tried(pair).standing == "supported"
 
 
 def is_refused(pair: Pair) -> bool:
     """Whether attaching it is an error; a layer without a bias, say, has none to train."""
-    return standing(pair) == "refused"
+    return tried(pair).standing == "refused"
 
 
 def refusal_leaves_the_model_untouched(pair: Pair) -> None:
