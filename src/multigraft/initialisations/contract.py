@@ -84,9 +84,6 @@ class Initialisation:
         """What begins at a layer of this kind: this one, or plain LoRA."""
         return Plain() if geometry.name in self.plain_on else self
 
-    def check(self, config: Any) -> None:
-        """Raise `ConfigError` where the config's other options do not go with this one."""
-
     def refusal(self, lora: LowRank) -> str | None:
         """Why it cannot begin at this site, and what to do; ``None`` when it can."""
         name = lora.geometry.name
@@ -250,7 +247,6 @@ def settle_options(config: Any) -> None:
             )
         if value:
             setattr(config, cls.option, _as_options(config, cls.option, cls.options, value))
-    chosen.check(config)
 
 
 def _as_options(config: Any, field: str, kind: type, value: Any) -> Any:
