@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from multigraft import CheckpointError, PeftModel
+from multigraft.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from tests.bases.nets import ids, mixtral, qwen, seeded
 from tests.laws import fingerprint
 from tests.oracle import quiet
@@ -200,3 +201,13 @@ def test_a_file_without_experts_is_read_as_ever(tmp_path: Path):
     ours = PeftModel.from_pretrained(seeded(mixtral), tmp_path)
     assert ours.peft_config["default"].target_modules == ["q_proj"]
     assert ours.peft_config["default"].target_parameters is None
+
+
+def test_they_are_swapped_in_too(tmp_path: Path):
+    small, large = old_state("mixtral"), old_state("mixtral", rank=3)
+    saved(tmp_path / "small", "mixtral", small)
+    saved(tmp_path / "large", "mixtral", large, r=3, lora_alpha=9)
+    model = PeftModel.from_pretrained(seeded(mixtral), tmp_path / "small")
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    hotswap_adapter(model, tmp_path / "large", "default")
+    torch.testing.assert_close(logits(model), logits(dense("mixtral", large)), atol=1e-5, rtol=1e-4)

@@ -33,6 +33,7 @@ from multigraft.keys import disk_names, strip_prefix
 from multigraft.layer import AdaptedLayer
 from multigraft.loading import HUB_OPTIONS, check_options, read_config
 from multigraft.methods.lora import LoRA, LoraConfig
+from multigraft.per_expert import PerExpert
 from multigraft.roster import Roster
 from multigraft.slots import Slotted, into_slot, slot_refusal
 from multigraft.state import drop_base_tensors, roster_of_model
@@ -152,6 +153,8 @@ def hotswap_adapter_from_state_dict(
     own = config.copy()
     assert isinstance(own, LoraConfig)
     found = {strip_prefix(key): value for key, value in state_dict.items()}
+    sites = [graft.site for _, graft in roster.grafts(adapter_name)]
+    found = PerExpert(roster.root, own, found).tensors(sites)  # which may rewrite the config
     swaps = _plan(roster, adapter_name, own, found)
     roster.forget_stacks()
     for swap in swaps:

@@ -17,6 +17,7 @@ from tests.docs.comparison import (
     WEIGHTS,
     Raises,
     X,
+    config,
     graft,
     layers,
     llama,
@@ -224,6 +225,14 @@ def _(library, folder):
     model = graft(library, ["up"], "default", r=4)
     swap_module(library).hotswap_adapter(model, str(folder), "default", torch_device="cpu")
     return near(model(X), new(X))
+
+
+@row("`config=` of `prepare_model_for_compiled_hotswap`", peft=4, ours=2)
+def _(library, folder):
+    coming = config(library, ["up"])
+    model = graft(library, ["up"], "default")
+    swap_module(library).prepare_model_for_compiled_hotswap(model, target_rank=4, config=coming)
+    return coming.r
 
 
 @row("hot-swapping an adapter that does not fit", peft=False, ours=True)
