@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from multigraft.errors import ConfigError, StateError
 from multigraft.graft import Graft
-from multigraft.state import roster_of_model
+from multigraft.layer import AdaptedLayer
+from multigraft.roster import Roster
 
 EMBEDDING = "embedding"
 
@@ -22,14 +23,16 @@ def lora_grafts(model: nn.Module) -> Iterator[Graft]:
 
 
 def own_grafts(model: nn.Module) -> Iterator[Graft]:
-    """Every graft with tensors of its own.
+    """Every graft with tensors of its own, whatever the model is wrapped in."""
+    for roster in rosters(model):
+        for name in roster.configs:
+            yield from (graft for _, graft in roster.grafts(name) if graft.tied is None)
 
-    Raises:
-        StateError: the model has no adapters.
-    """
-    roster, _ = roster_of_model(model)
-    for name in roster.configs:
-        yield from (graft for _, graft in roster.grafts(name) if graft.tied is None)
+
+def rosters(model: nn.Module) -> list[Roster]:
+    """Those of the adapted models in this one: one, but for several models in one module."""
+    found = (m.roster for m in model.modules() if isinstance(m, AdaptedLayer))
+    return list(dict.fromkeys(found))
 
 
 def factors(graft: Graft) -> tuple[Tensor, Tensor]:

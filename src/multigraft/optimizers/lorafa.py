@@ -31,9 +31,9 @@ from multigraft.optimizers.factors import (
     is_lookup,
     lora_grafts,
     on_pairs,
+    rosters,
     trainable,
 )
-from multigraft.state import roster_of_model
 
 WHERE = "create_lorafa_optimizer"
 DAMPING = 1e-8
@@ -162,9 +162,9 @@ def create_lorafa_optimizer(
 
 
 def _check_rslora(model: nn.Module, use_rslora: bool) -> None:
-    roster, _ = roster_of_model(model)
     others = [
         name
+        for roster in rosters(model)
         for name in roster.active
         if bool(getattr(roster.configs[name], "use_rslora", False)) != use_rslora
     ]
