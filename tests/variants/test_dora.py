@@ -181,3 +181,18 @@ def test_rows_of_a_batch_train_magnitudes_of_their_own() -> None:
                 near(grads.pop(n), p.grad, n)
         model.zero_grad()
     assert not grads
+
+
+def test_experts_keep_no_second_stack_for_their_gradients() -> None:
+    base, model = experts(False)
+    held, kept = base[0], []
+    own = held.base_layer.stack
+
+    def note(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(torch.randn(2, 6, dtype=torch.float64))
+    large = {t.data_ptr() for t in kept if t.numel() == own.numel()}
+    assert len(large) <= 2, "the base's own, and what the layer runs with"

@@ -6,6 +6,7 @@ from multigraft.kernels.layout import Part, Stack, constants
 from multigraft.kernels.low_rank import low_rank_add
 from multigraft.kernels.node import IS_TRACED
 from multigraft.kernels.reweighted_linear import reweighted_linear
+from multigraft.kernels.reweighted_matrices import reweighted_matrices
 from multigraft.kernels.routed import grouped, masked
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "low_rank_add",
     "masked",
     "reweighted_linear",
+    "reweighted_matrices",
 ]

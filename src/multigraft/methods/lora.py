@@ -336,7 +336,7 @@ class LoRA(Method):
 
     def add_delta(self, params: Params, value: Tensor, W: Tensor | None = None) -> Tensor:
         if self.own is not None:
-            return super().add_delta(params, value, W)
+            return self.own.add_delta(self, params, value, W)
         A, B = self.factors(params)
         return self.geometry.add_product(self.site.layer, value, A, B, self.scaling)
 

@@ -136,6 +136,10 @@ class Variant:
         """ΔW in the weight's layout; ``W`` is given when `needs_weight`."""
         raise NotImplementedError(f"{type(self).__name__} must define `delta`")
 
+    def add_delta(self, lora: Method, params: Params, value: Tensor, W: Tensor | None) -> Tensor:
+        """``value`` plus the `delta`, in ``value``'s dtype; overridden where it fuses."""
+        return value + self.delta(lora, params, W).to(value.dtype)
+
 
 VARIANTS: Registry[Variant] = Registry("LoRA variant")
 

@@ -123,6 +123,19 @@ class DoRA(Variant):
         g = m / M.detach().norm(dim=2, keepdim=True)
         return geometry.from_matrices(layer, g * M) - W
 
+    def add_delta(self, lora: Method, params: Params, value: Tensor, W: Tensor | None) -> Tensor:
+        assert W is not None
+        is_alone = lora.site.rebinds and value.data_ptr() == W.data_ptr()
+        if not is_alone or value.dtype != W.dtype or not value.is_contiguous():
+            return super().add_delta(lora, params, value, W)
+        # Nobody else changes what another forward is about to read: W' itself, and no ΔW.
+        layer, geometry = lora.site.layer, lora.geometry
+        A, B = (f.to(W.dtype) for f in geometry.pairs(layer, *_factors(lora, params)))
+        stack = geometry.as_matrices(layer, W)
+        m = params[MAGNITUDE].view(*stack.shape[:2]).to(W.dtype)
+        whole = kernels.reweighted_matrices(stack, A, B, lora.scaling, m)
+        return geometry.from_matrices(layer, whole)
+
 
 class Norms:
     """What is kept at a site: ‖W + s B A‖, and the part of it that is the base's alone."""
