@@ -191,7 +191,7 @@ def test_a_name_that_is_none_is_refused_and_not_sent_to_the_terminal(
     name: str, tmp_path: Path
 ) -> None:
     message = refused(write(tmp_path, {name: entry([1], [0, 4])}, FOUR))
-    assert "is no tensor's name; required are 1 to 1024 printable characters" in message
+    assert "is no tensor's name; required are 1 to 512 printable characters" in message
     assert message.isprintable()
     assert len(message) < 500
 

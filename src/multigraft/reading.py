@@ -41,7 +41,7 @@ HEADER_BYTES = 32 << 20
 TENSORS = 300_000
 """A pair for each of the 384 experts' three matrices in 61 layers are 140,544."""
 DIMENSIONS = 16
-NAME_LENGTH = 1024
+NAME_LENGTH = 512
 LARGEST = 1 << 59
 """Numbers in one tensor; torch counts their bytes in 63 bits."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,9 @@ from safetensors.torch import save_file
 from multigraft import LoraConfig, doctor
 from tests.diagnosis.files import (
     PREFIX,
+    SETTINGS,
     UP_A,
+    WEIGHTS,
     into_memory,
     only,
     output,
@@ -103,3 +107,17 @@ def test_names_of_other_tools_are_recognised_with_the_remedy(name: str, tmp_path
     assert FOREIGN[name] in finding.problem
     assert finding.remedy
     assert not found.done
+
+
+def test_very_many_tensors_and_names_are_examined_in_time(tmp_path: Path) -> None:
+    sites = [f"layers.{number}." + "a_" * 100 for number in range(3000)]
+    held = {f"{PREFIX}{site}.lora_{x}.weight": torch.ones(1, 1) for site in sites for x in "AB"}
+    patterns = {f"layers.{number}": 2 for number in range(3000)}
+    save_file(held | {"lora_prior" + "_" * 500: torch.ones(1)}, tmp_path / WEIGHTS)
+    names = [f"name_{number}" for number in range(20_000)]
+    values = {"peft_type": "LORA", "target_modules": names, "rank_pattern": patterns}
+    (tmp_path / SETTINGS).write_text(json.dumps(values))
+    start = time.perf_counter()
+    found = doctor(tmp_path)
+    assert time.perf_counter() - start < 10
+    assert {each.law for each in found.findings} >= {"targets", "ranks"}

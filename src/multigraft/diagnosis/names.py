@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
 
 from multigraft.keys import INFIXES, PREFIX, full_key
 from multigraft.methods import METHODS
@@ -51,6 +53,7 @@ def is_group(part: str) -> bool:
     return part in _WHOLE or part.startswith(_PREFIXES)
 
 
+@lru_cache(1 << 17)
 def parsed(name: str) -> Parsed:
     """Take a name apart; prefixes and torch's wrappers are left away."""
     parts = _base_parts(name)
@@ -176,8 +179,16 @@ TOOLS = (
     ),
 )
 """What is recognised, the more special pattern first."""
+LOOKED_AT, LONGEST = 10_000, 200
+"""How many names, of at most so many characters; no other tool's file has more."""
 
 
-def tool_of(name: str) -> Tool | None:
-    """The other tool that gave a tensor this name, or None."""
-    return next((tool for tool in TOOLS if re.fullmatch(tool.pattern, name)), None)
+def tools_of(names: Iterable[str]) -> dict[str, Tool]:
+    """Names that other tools gave to tensors, and which; of the first `LOOKED_AT` names."""
+    found = {}
+    for name in islice(names, LOOKED_AT):
+        short = name if len(name) <= LONGEST else ""
+        tool = next((tool for tool in TOOLS if re.fullmatch(tool.pattern, short)), None)
+        if tool is not None:
+            found[name] = tool
+    return found

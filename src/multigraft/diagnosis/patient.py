@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from multigraft.checkpoint import locate, locate_weights
 from multigraft.config import PeftConfig
 from multigraft.diagnosis.findings import Finding
-from multigraft.diagnosis.names import Parsed, nested, parsed, standards, tool_of
+from multigraft.diagnosis.names import Parsed, Tool, nested, parsed, standards, tools_of
 from multigraft.errors import (
     AdapterNameError,
     CheckpointError,
@@ -78,7 +78,12 @@ class Patient:
     @cached_property
     def is_foreign(self) -> bool:
         """Whether another tool named the tensors."""
-        return any(tool_of(name) for name in self.tensors or ())
+        return bool(self.tools)
+
+    @cached_property
+    def tools(self) -> dict[str, Tool]:
+        """Names that other tools gave, and which."""
+        return tools_of(self.tensors or ())
 
     @cached_property
     def is_plain(self) -> bool:
@@ -99,6 +104,19 @@ class Patient:
         for name, new in standards(self.tensors or ()).items():
             found.setdefault(new, (self.tensors or {})[name])
         return found
+
+    @cached_property
+    def sites(self) -> dict[str, dict[str, Tensor]]:
+        """By base path: the adapter's own tensors, by what stands behind the path."""
+        sites: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in self.standard.items() if self.is_plain else ():
+            found = parsed(name)
+            is_own = found.group not in ("", "modules_to_save")
+            if is_own and not found.site.startswith("base_"):
+                leaf = ".".join(found.rest).removesuffix("weight")
+                key = f"{found.group}.{leaf}".rstrip(".")
+                sites.setdefault(found.site, {})[key] = tensor
+        return sites
 
     @property
     def where(self) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from multigraft.config import PeftConfig
 from multigraft.diagnosis.checks.config import as_meant, method_meant
-from multigraft.diagnosis.checks.shapes import is_whole_model, strangers
+from multigraft.diagnosis.checks.shapes import LOOKUPS, is_whole_model, strangers
 from multigraft.diagnosis.findings import counted
 from multigraft.diagnosis.names import LORA, nested, parsed, standards
 from multigraft.diagnosis.nest import Plain, bare, scale_of, un_nested
@@ -104,6 +104,11 @@ def made_plain(patient: Patient, treatment: Treatment, within: Sequence[Path], d
         why = config if isinstance(config, ConfigError) else f"its method is {config.peft_type}"
         raise UnsupportedError(
             f"{patient.where}: a nest is mended for LoRA alone, and {why}. Mend the config first."
+        )
+    if len(config.rank_pattern) * len(sites) > LOOKUPS:
+        raise UnsupportedError(
+            f"{patient.where}: `rank_pattern` has {len(config.rank_pattern):,} patterns for "
+            f"{len(sites):,} sites, which are too many to compare. Write fewer."
         )
     taken = {n: t for n, t in tensors.items() if _is_of(n, sites)}
     inner = _Configs(patient, config, within)

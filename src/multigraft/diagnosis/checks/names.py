@@ -7,16 +7,15 @@ from collections.abc import Iterator
 
 from multigraft.diagnosis.checks.contract import check
 from multigraft.diagnosis.findings import Finding, counted
-from multigraft.diagnosis.names import nested, standards, tool_of
+from multigraft.diagnosis.names import nested, standards
 from multigraft.diagnosis.patient import Patient
 
 
 @check("another tool")
 def another_tool(patient: Patient) -> Iterator[Finding]:
     """Files that another tool wrote, under names of its own."""
-    found = [(name, tool) for name in patient.tensors or () if (tool := tool_of(name))]
-    for tool in dict.fromkeys(tool for _, tool in found):
-        names = [name for name, its in found if its is tool]
+    for tool in dict.fromkeys(patient.tools.values()):
+        names = [name for name, its in patient.tools.items() if its is tool]
         yield Finding(
             "another tool",
             _file(patient),

@@ -10,7 +10,7 @@ from torch import Tensor
 from multigraft.config import pattern_value
 from multigraft.diagnosis.checks.contract import check
 from multigraft.diagnosis.findings import Finding, counted
-from multigraft.diagnosis.names import HELD, parsed
+from multigraft.diagnosis.names import HELD
 from multigraft.diagnosis.patient import Patient
 from multigraft.errors import close_to
 from multigraft.methods.lora import LoraConfig
@@ -21,13 +21,17 @@ EMBEDDINGS = (
     *("embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "embeddings", "embed"),
     *("lm_head", "embed_out", "output_layer"),
 )
+LOOKUPS = 5_000_000
+"""Comparisons of patterns and sites; more take minutes, and come of no real file."""
+MANY = 50
+"""Targets without a tensor that are named."""
 PAIRS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
 
 
 @check("pairs")
 def pairs(patient: Patient) -> Iterator[Finding]:
     """A without B, B without A, and pairs that cannot be multiplied."""
-    for site, tensors in sites_of(patient).items():
+    for site, tensors in patient.sites.items():
         for a, b in PAIRS.items():
             A, B = tensors.get(a), tensors.get(b)
             if (A is None) != (B is None):
@@ -54,7 +58,16 @@ def ranks(patient: Patient) -> Iterator[Finding]:
     if not isinstance(config, LoraConfig) or config.target_parameters:
         return
     wrong: dict[str, tuple[int, int]] = {}
-    for site, tensors in sites_of(patient).items():
+    if len(config.rank_pattern) * len(patient.sites) > LOOKUPS:
+        yield Finding(
+            "ranks",
+            f"{patient.where}: rank_pattern",
+            f"has {len(config.rank_pattern):,} patterns for {len(patient.sites):,} sites, which "
+            "are too many to compare.",
+            "Write fewer patterns, each for many sites.",
+        )
+        return
+    for site, tensors in patient.sites.items():
         A = tensors.get("lora_A", tensors.get("lora_embedding_A"))
         meant = pattern_value(config.rank_pattern, site, config.r)
         if A is not None and _rank(A, 0) != meant:
@@ -77,10 +90,10 @@ def targets(patient: Patient) -> Iterator[Finding]:
     wanted = getattr(config, "target_modules", None)
     if not wanted or wanted == "all-linear":
         return
-    found = list(sites_of(patient))
-    if not found or not patient.is_plain:
+    if not patient.sites:
         return
-    stray = [s for s in found if not matches(wanted, s) and ".base_layer." not in s]
+    meant, named = _meant(wanted, patient.sites)
+    stray = [s for s in patient.sites if s not in meant and ".base_layer." not in s]
     stray = stray if _decides(config) else []
     if stray:
         yield Finding(
@@ -90,20 +103,19 @@ def targets(patient: Patient) -> Iterator[Finding]:
             f"Add {', '.join(sorted({site.rpartition('.')[2] for site in stray})[:5])} to "
             "`target_modules`, if they are this adapter's.",
         )
-    names = [wanted] if isinstance(wanted, str) else wanted
     excluded = getattr(config, "exclude_modules", None) or []
-    for name in names:
+    lacking = [n for n in ([wanted] if isinstance(wanted, str) else wanted) if n not in named]
+    for name in lacking[:MANY]:
         if matches(excluded, name):
             continue
-        if not any(matches(wanted if isinstance(wanted, str) else [name], s) for s in found):
-            near = close_to(name, {site.rpartition(".")[2] for site in found})
-            hint = f" Nearest: `{near[0]}`." if near else ""
-            yield Finding(
-                "targets",
-                f"{patient.where}: target_modules",
-                f"{shown(name)} is a target without a tensor.{hint}",
-                "Take it out, if the adapter was not trained there; else the file is incomplete.",
-            )
+        near = close_to(name[:100], {site.rpartition(".")[2] for site in patient.sites})
+        hint = f" Nearest: `{near[0]}`." if near else ""
+        yield Finding(
+            "targets",
+            f"{patient.where}: target_modules",
+            f"{shown(name)} is a target without a tensor.{hint}",
+            "Take it out, if the adapter was not trained there; else the file is incomplete.",
+        )
 
 
 @check("magnitudes and biases")
@@ -113,7 +125,7 @@ def options(patient: Patient) -> Iterator[Finding]:
     if not isinstance(config, LoraConfig):
         return
     for option, key in (("use_dora", "lora_magnitude_vector"), ("lora_bias", "lora_B.bias")):
-        paired = {s: t for s, t in sites_of(patient).items() if "lora_A" in t}
+        paired = {s: t for s, t in patient.sites.items() if "lora_A" in t}
         with_it = [site for site, tensors in paired.items() if key in tensors]
         if not paired or bool(getattr(config, option)) is (len(with_it) == len(paired)):
             continue
@@ -161,7 +173,7 @@ def strangers(patient: Patient) -> list[str]:
     if not isinstance(config, LoraConfig) or not patient.is_plain or config.bias != "none":
         return []
     saved = config.modules_to_save or []
-    embeddings = {site for site, t in sites_of(patient).items() if "lora_embedding_A" in t}
+    embeddings = {site for site, t in patient.sites.items() if "lora_embedding_A" in t}
     names = []
     for name, found in patient.names.items():
         module, _, leaf = found.site.rpartition(".")
@@ -184,23 +196,23 @@ def is_whole_model(patient: Patient, names: Iterable[str]) -> bool:
 
     Single ones may have been trained: PEFT saves embeddings that were resized.
     """
-    sites = sites_of(patient)
+    sites = patient.sites
     paths = (patient.names[name].site.partition(".base_layer.") for name in names)
     return any(held and path in sites for path, held, _ in paths)
 
 
-def sites_of(patient: Patient) -> dict[str, dict[str, Tensor]]:
-    """By base path: the adapter's own tensors, by what stands behind the path."""
-    sites: dict[str, dict[str, Tensor]] = {}
-    if not patient.is_plain:
-        return sites
-    for name, tensor in patient.standard.items():
-        found = parsed(name)
-        if found.group and found.group != "modules_to_save" and not found.site.startswith("base_"):
-            leaf = ".".join(found.rest).removesuffix("weight")
-            key = f"{found.group}.{leaf}".rstrip(".")
-            sites.setdefault(found.site, {})[key] = tensor
-    return sites
+def _meant(wanted: str | list[str], sites: Iterable[str]) -> tuple[set[str], set[str]]:
+    """The sites that targets mean, and the targets that mean any of them."""
+    if isinstance(wanted, str):
+        found = {site for site in sites if matches(wanted, site)}
+        return found, {wanted} if found else set()
+    names, meant, named = set(wanted), set(), set()
+    for site in sites:
+        parts = site.split(".")
+        own = {end for n in range(len(parts)) if (end := ".".join(parts[n:])) in names}
+        named |= own
+        meant |= {site} if own else set()
+    return meant, named
 
 
 def _is_within(saved: list[str], module: str) -> bool:

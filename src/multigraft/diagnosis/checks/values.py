@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from multigraft.diagnosis.checks.contract import check
-from multigraft.diagnosis.checks.shapes import PAIRS, sites_of
+from multigraft.diagnosis.checks.shapes import PAIRS
 from multigraft.diagnosis.findings import Finding
 from multigraft.diagnosis.names import is_group, parsed
 from multigraft.diagnosis.patient import Patient
@@ -61,7 +61,7 @@ def dtypes(patient: Patient) -> Iterator[Finding]:
 def dead(patient: Patient) -> Iterator[Finding]:
     """Sites at which an adapter adds nothing, since A or B is zero."""
     is_zero: dict[str, bool] = {}
-    for site, tensors in sites_of(patient).items():
+    for site, tensors in patient.sites.items():
         found = [tensors[key] for pair in PAIRS.items() for key in pair if key in tensors]
         if found:
             is_zero[site] = any(_is_zero(t) for t in found)
