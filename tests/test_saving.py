@@ -8,6 +8,7 @@ from typing import Any
 
 import peft
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import multigraft
@@ -21,7 +22,7 @@ from multigraft import (
     get_peft_model,
 )
 from tests.initialisations.nets import batch, net, off, options, ours, theirs, train
-from tests.oracle import quiet
+from tests.oracle import build, llama, quiet
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("pissa", {}),
@@ -90,6 +91,19 @@ def test_a_dora_is_converted_to_a_dora_of_twice_the_rank(tmp_path: Path) -> None
     again = PeftModel.from_pretrained(net(), tmp_path).eval()
     assert again.peft_config["default"].r == 8
     assert off(again(batch()), model(batch())) < 1e-5
+
+
+def test_an_alora_acts_from_its_invocation_as_its_converted_twin_does(tmp_path: Path) -> None:
+    given = {"target_modules": ["q_proj"], "alora_invocation_tokens": [5, 6], "r": 2}
+    config = LoraConfig(task_type="CAUSAL_LM", init_lora_weights="pissa", **given)
+    model = train(get_peft_model(build(llama).eval(), config).eval())
+    model.save_pretrained(tmp_path, path_initial_model_for_weight_conversion="unused")
+    twin = PeftModel.from_pretrained(build(llama).eval(), tmp_path).eval()
+    ids = torch.tensor([[3, 4, 5, 6, 7, 8]])
+    found, base = model(ids).logits, build(llama).eval()(ids).logits
+    assert off(found[:, :2], base[:, :2]) < 1e-6
+    assert off(found[:, 3:], base[:, 3:]) > 1e-3
+    assert off(twin(ids).logits, found) < 1e-5
 
 
 def test_converting_leaves_the_adapter_as_it_is(tmp_path: Path) -> None:

@@ -172,6 +172,22 @@ def test_several_stand_side_by_side_each_with_its_own_part_taken_out() -> None:
     assert off(one(x), alone["olora"]) < 1e-5
 
 
+def test_pissa_under_velora_trains_as_in_peft_and_an_alora_waits_with_its_part() -> None:
+    """One step: VeLoRA's estimate of the gradient of A, of the same activations."""
+    velora = {"velora_config": {"num_groups": 4, "init_type": "batch_average"}}
+    mine, other = ours("pissa", **velora).train(), theirs("pissa", **velora).train()
+    for model in (mine, other):
+        model(batch()).square().sum().backward()
+    for path in ("first", "second"):
+        layers = [m.get_base_model().get_submodule(path) for m in (mine, other)]
+        for name in ("lora_A", "lora_B"):
+            a, b = (getattr(layer, name)["default"].weight.grad for layer in layers)
+            assert off(a, b) < 1e-4
+    alora = {"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"}
+    graft = next(g for _, g in ours("pissa", **alora).roster.grafts("default"))
+    assert not graft.method.delta(graft.params).any()
+
+
 def test_they_combine_with_one_another_by_what_they_add() -> None:
     model = train(ours("pissa"), seed=1)
     model.add_adapter("other", LoraConfig(**options("olora", r=3)))

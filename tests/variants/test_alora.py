@@ -261,7 +261,6 @@ def test_what_is_no_list_of_tokens_is_refused(tokens: Any) -> None:
     [
         ({"alora_invocation_tokens": [5, 40]}, "holds 40, and the model's tokens end at 39"),
         ({"target_modules": ["embed_tokens"]}, "is for linear layers that run"),
-        ({"init_lora_weights": "pissa"}, "takes a part out of the base"),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused(options: dict[str, Any], message: str) -> None:

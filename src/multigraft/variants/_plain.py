@@ -10,9 +10,9 @@ BIAS = "lora_B.bias"
 
 
 def factors(lora: Method, params: Params) -> tuple[Tensor, Tensor]:
-    """A and B as they are."""
-    a, b = lora.geometry.factors
-    return params[a], params[b]
+    """The pair of factors, less where they began if that is taken out of the base."""
+    A, B = lora.pair(params)  # type: ignore[attr-defined]
+    return A, B
 
 
 def add_pair(lora: Method, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:

@@ -29,6 +29,7 @@ class ALora(Variant):
     by_token = True
     mergeable = False
     combines = True  # what reads the same tokens adds up
+    takes_starts = True
 
     @classmethod
     def selected(cls, config: Any) -> bool:

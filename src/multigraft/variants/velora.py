@@ -59,6 +59,7 @@ class VeLoRA(Variant):
     option = "velora_config"
     options = VeloraConfig
     has_exact_gradients = False  # dA is an estimate
+    takes_starts = True
 
     @classmethod
     def selected(cls, config: Any) -> bool:
