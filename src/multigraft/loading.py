@@ -80,18 +80,14 @@ def load_into(
     where = {k: v for k, v in options.items() if k in (*HUB_OPTIONS, "subfolder")}
     tensors = checkpoint.read(checkpoint.locate_weights(source, **where), allow_pickle=allow_pickle)
     tensors = checkpoint.rename(tensors, key_mapping)
-    tensors = take_embeddings(config, tensors, tuner.model)
     per_expert = PerExpert(tuner.model, config, tensors)
     name_what_was_saved(config, per_expert.rest, tuner.model)
     _warn_of_another_base(tuner, config)
     exists = adapter in tuner.roster.configs
     if exists:
         _refuse_merged(tuner, adapter)
-        prepared = prepare(tuner.model, adapter, config, lenient=True)
-    else:
-        prepared = tuner.prepare(adapter, config, lenient=True)
+    prepared, tensors = _fitted(tuner, adapter, config, per_expert)
     expected = prepared.expected()
-    tensors = per_expert.tensors(prepared.main_sites)
     tensors = drop_base_tensors(tensors, expected, tuner.model)
     report, good = checkpoint.compare(expected, tensors, prepared.optional())
     report.check(f"{source} for adapter `{adapter}`", strict, ignore_mismatched_sizes)
@@ -102,6 +98,25 @@ def load_into(
     else:
         tuner.commit(prepared, good, autocast, activate=activate)
     return report
+
+
+def _fitted(
+    tuner: Tuner, adapter: str, config: PeftConfig, file: PerExpert
+) -> tuple[Prepared, dict[str, Tensor]]:
+    """The adapter that a config means, and the file's tensors; embeddings may add to both."""
+
+    def prepared_by(config: PeftConfig) -> Prepared:
+        if adapter in tuner.roster.configs:
+            return prepare(tuner.model, adapter, config, lenient=True)
+        return tuner.prepare(adapter, config, lenient=True)
+
+    prepared = prepared_by(config)
+    tensors = file.tensors(prepared.main_sites)
+    if tensors.keys() <= prepared.expected().keys():
+        return prepared, tensors
+    before = config.copy()
+    tensors = take_embeddings(config, tensors, tuner.model)
+    return prepared if config == before else prepared_by(config), tensors
 
 
 def _overwrite(
