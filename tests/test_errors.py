@@ -6,7 +6,7 @@ import pytest
 
 import multigraft
 from multigraft import errors
-from multigraft.errors import MultigraftError, did_you_mean, there_are
+from multigraft.errors import MultigraftError, did_you_mean, listed, nearest_of, there_are
 
 ALL = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, MultigraftError)]
 
@@ -33,3 +33,10 @@ def test_what_there_is_is_given_sorted_and_cut() -> None:
     assert there_are(["b", "a", "b"]) == " There are: `a`, `b`."
     assert there_are([f"m{i}" for i in range(30)], limit=2).startswith(" There are: `m0`, `m1`")
     assert "`m2`" not in there_are([f"m{i}" for i in range(30)], limit=2)
+
+
+def test_many_names_are_cut_and_counted_and_the_first_get_hints() -> None:
+    assert listed(["a", "b"]) == "`a`, `b`"
+    assert listed([f"m{i}" for i in range(2000)], limit=2) == "`m0`, `m1` and 1,998 more"
+    assert nearest_of(["v_porj", "zzz", "haed"], ["v_proj", "head"]).count("Nearest") == 2
+    assert nearest_of(["haed"] * 30, ["head"], limit=3).count("Nearest") == 3

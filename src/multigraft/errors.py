@@ -20,7 +20,7 @@ Every message says where, what was given, what is required and what to do.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class MultigraftError(Exception):
@@ -92,6 +92,18 @@ def did_you_mean(name: str, known: Iterable[str], limit: int = 3) -> str:
     """`` Nearest: `a`, `b`.`` for the names most like ``name``, or an empty string."""
     nearest = close_to(name, known, limit)
     return f" Nearest: {', '.join(f'`{n}`' for n in nearest)}." if nearest else ""
+
+
+def nearest_of(names: Sequence[str], known: Iterable[str], limit: int = 8) -> str:
+    """What `did_you_mean` says of the first of these; a file may name thousands."""
+    known = list(known)
+    return "".join(did_you_mean(name, known) for name in names[:limit])
+
+
+def listed(names: Sequence[str], limit: int = 8) -> str:
+    """```a`, `b` and 3 more``."""
+    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
+    return f"{', '.join(f'`{name}`' for name in names[:limit])}{more}"
 
 
 def there_are(known: Iterable[str], limit: int = 8) -> str:

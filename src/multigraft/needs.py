@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from multigraft.bases import Geometry, geometry_of, parameter_geometry
-from multigraft.errors import MultigraftWarning, TargetError, did_you_mean
+from multigraft.errors import MultigraftWarning, TargetError, listed, nearest_of
 from multigraft.methods import Method
 from multigraft.site import Site
 from multigraft.storage import DENSE, FOREIGN, storage_of
@@ -211,9 +211,8 @@ def _check_found(
     if not missing:
         return
     ends = {path.rpartition(".")[2] for path in known} | set(known)
-    hints = "".join(did_you_mean(name, ends) for name in missing)
-    names = ", ".join(f"`{n}`" for n in missing)
-    message = f"`target_parameters`: no parameter of a module is called {names}.{hints}"
+    hints = nearest_of(missing, ends)
+    message = f"`target_parameters`: no parameter of a module is called {listed(missing)}.{hints}"
     if not lenient or len(missing) == len(wanted):
         raise TargetError(message)
     warnings.warn(message, MultigraftWarning, stacklevel=2)

@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from multigraft.bases import geometry_of
 from multigraft.config import PeftConfig, TargetedConfig, matching_pattern
 from multigraft.defaults import TASK_HEADS, default_targets
-from multigraft.errors import MultigraftWarning, TargetError, did_you_mean, there_are
+from multigraft.errors import MultigraftWarning, TargetError, listed, nearest_of, there_are
 from multigraft.methods import METHODS, Method
 from multigraft.needs import (
     Need,
@@ -280,10 +280,8 @@ def _check_patterns(config: TargetedConfig, paths: list[str], lenient: bool) -> 
         unused = [k for k in patterns if not any(matching_pattern({k: 0}, p) for p in paths)]
         if unused:
             known = {p.rpartition(".")[2] for p in paths} | set(paths)
-            hints = "".join(did_you_mean(k, known) for k in unused) or there_are(known)
-            message = (
-                f"`{field}`: {', '.join(f'`{k}`' for k in unused)} match no adapted module.{hints}"
-            )
+            hints = nearest_of(unused, known) or there_are(known)
+            message = f"`{field}`: {listed(unused)} match no adapted module.{hints}"
             if not lenient:
                 raise TargetError(message)
             warnings.warn(message, MultigraftWarning, stacklevel=2)

@@ -10,13 +10,14 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import nn
 
 from multigraft.bases import geometry_of
 from multigraft.config import TargetedConfig, TaskType
-from multigraft.errors import MultigraftWarning, TargetError, did_you_mean, there_are
+from multigraft.errors import MultigraftWarning, TargetError, listed, nearest_of, there_are
 from multigraft.survey import Spot
 
 HEAD_NAMES = ("score", "classifier")
@@ -195,8 +196,8 @@ def check_names(
         return
     known = {p.rpartition(".")[2] for s in spots for p in s.paths} | {s.path for s in spots}
     usable = {s.path.rpartition(".")[2] for s in spots if s.layer._parameters}
-    hints = "".join(did_you_mean(name, known) for name in missing) or there_are(usable)
-    message = f"`{field}`: no module is called {', '.join(f'`{n}`' for n in missing)}.{hints}"
+    hints = nearest_of(missing, known) or there_are(usable)
+    message = f"`{field}`: no module is called {listed(missing)}.{hints}"
     if lenient and len(missing) < len(wanted):
         warnings.warn(message, MultigraftWarning, stacklevel=2)
     else:
@@ -207,10 +208,15 @@ def layer_index(config: TargetedConfig, path: str) -> int | None:
     """The index of the layer that a path lies in, by ``layers_pattern`` or the first number."""
     patterns = config.layers_pattern or [r"[^.]*"]
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        match = re.match(rf"(?:^|.*?\.)(?:{pattern})\.(\d+)\.", path)
+        match = _layer(pattern).match(path)
         if match:
             return int(match.group(1))
     return None
+
+
+@lru_cache(1 << 16)
+def _layer(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(?:^|.*?\.)(?:{pattern})\.(\d+)\.")
 
 
 def check_layers(config: TargetedConfig, spots: Sequence[Spot], lenient: bool) -> None:

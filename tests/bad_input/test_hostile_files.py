@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from multigraft import CheckpointError, ConfigError, PeftModel
-from tests.bad_input.loading import SETTINGS, WEIGHTS, refused, ways
+from multigraft import CheckpointError, ConfigError, MultigraftError, PeftModel
+from tests.bad_input.loading import SETTINGS, WEIGHTS, refused, resettle, ways
 from tests.weaknesses import nets
 
 
@@ -80,6 +83,30 @@ def test_a_config_beyond_all_measure_is_refused(
 ) -> None:
     (folder / SETTINGS).write_text(text)
     assert words in refused(ConfigError, *way(folder), folder)
+
+
+NAMES = [f"name_{number}" for number in range(10_000)]
+MANY: dict[str, dict[str, Any]] = {
+    "target_modules": {"target_modules": [*NAMES, "up", "conv", "embed"]},
+    "exclude_modules": {"exclude_modules": NAMES},
+    "modules_to_save": {"modules_to_save": [*NAMES, "head"]},
+    "target_parameters": {"target_parameters": NAMES},
+    "rank_pattern": {"rank_pattern": dict.fromkeys(NAMES, 2)},
+    "alpha_pattern": {"alpha_pattern": dict.fromkeys(NAMES, 2)},
+    "layers_pattern": {"layers_pattern": NAMES, "layers_to_transform": [0]},
+    "layers_to_transform": {"layers_to_transform": list(range(10_000))},
+    "unknown keys": dict.fromkeys(NAMES),
+}
+
+
+@pytest.mark.parametrize("which", MANY)
+def test_a_config_of_very_many_names_is_dealt_with_in_time(which: str, folder: Path) -> None:
+    resettle(folder, **MANY[which])
+    start = time.perf_counter()
+    with contextlib.suppress(MultigraftError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        PeftModel.from_pretrained(nets.net(), folder)
+    assert time.perf_counter() - start < 10
 
 
 @ways
