@@ -104,3 +104,28 @@ def test_nothing_is_wrapped_where_no_gradient_is_wanted() -> None:
     before = block.__dict__[CHECKPOINT]
     with torch.no_grad(), remembered(peft_model.roster):
         assert block.__dict__[CHECKPOINT] is before
+
+
+def test_a_copy_that_stands_in_for_a_block_is_remembered_while_it_acts() -> None:
+    base = nn.Sequential(Block(), Block())
+    base[1].gain = nn.Parameter(torch.ones(1))  # or it would be saved by its parts
+    found = multigraft.get_peft_model(base, LoraConfig(r=2, target_modules=["0.inner"]), "a")
+    found.add_adapter("c", LoraConfig(r=2, target_modules=["0.inner"], modules_to_save=["1"]))
+    block = base[1].modules_to_save["c"]
+    own = block.__dict__[CHECKPOINT]
+    with remembered(found.roster):
+        assert block.__dict__[CHECKPOINT] is own
+    found.set_adapter("c")
+    with remembered(found.roster):
+        assert block.__dict__[CHECKPOINT] is not own
+    assert block.__dict__[CHECKPOINT] is own
+
+
+def test_modules_of_adapters_are_not_looked_at() -> None:
+    from multigraft.recomputation import _blocks
+
+    found = model()
+    count = len(list(_blocks(found.roster)))
+    for name in "cdef":
+        found.add_adapter(name, LoraConfig(r=2, target_modules=["inner"]))
+    assert len(list(_blocks(found.roster))) == count

@@ -12,6 +12,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
+
+from multigraft.containers import AdapterDict
+from multigraft.layer import AdaptedLayer
 
 if TYPE_CHECKING:
     from multigraft.roster import Roster
@@ -27,7 +31,7 @@ def remembered(roster: Roster) -> Iterator[None]:
     """Let checkpointed blocks of this call find its route and spans in their second run."""
     wrapped = []
     if torch.is_grad_enabled():
-        for module in roster.root.modules():
+        for module in _blocks(roster):
             name = CHECKPOINT if getattr(module, "gradient_checkpointing", False) else WRAPPED
             run = module.__dict__.get(name)
             if run is not None:
@@ -38,6 +42,27 @@ def remembered(roster: Roster) -> Iterator[None]:
     finally:
         for module, name, run in wrapped:
             module.__dict__[name] = run
+
+
+def _blocks(roster: Roster) -> Iterator[nn.Module]:
+    """Modules that may be checkpointed: the base's own, and copies that stand in for them now.
+
+    However many adapters there are, none of their tensors' modules is looked at.
+    """
+    names = roster.acting() if roster.route is None else roster.route.adapters
+    waiting, seen = [roster.root], set()
+    while waiting:
+        module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield module
+        inner = (m for m in module._modules.values() if m is not None)
+        waiting += [m for m in inner if not isinstance(m, AdapterDict)]
+        if not isinstance(module, AdaptedLayer):
+            continue
+        acting = [graft for name in names for graft in module.grafts.get(name, ())]
+        waiting += [graft.stand_in for graft in acting if graft.stand_in is not None]
 
 
 def _remembering(roster: Roster, run: Callable[..., Any]) -> Callable[..., Any]:
