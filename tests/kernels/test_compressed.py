@@ -39,3 +39,13 @@ def test_with_a_group_for_each_feature_the_gradient_is_exact() -> None:
     compressed_linear(x, A, torch.ones(1), 6, 1.0).square().sum().backward()
     (expected,) = torch.autograd.grad((x @ A.T).square().sum(), A)
     torch.testing.assert_close(A.grad, expected)
+
+
+def test_under_autocast_gradients_have_the_dtypes_of_what_they_are_of() -> None:
+    x, A = torch.randn(4, 6, requires_grad=True), torch.randn(2, 6, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        h = compressed_linear(x, A, torch.ones(1), 6, 1.0)
+    assert h.dtype == torch.bfloat16
+    h.float().square().sum().backward()
+    expected = torch.autograd.grad((x @ A.T).square().sum(), [x, A])
+    torch.testing.assert_close([x.grad, A.grad], [*expected], rtol=0.05, atol=0.1)

@@ -66,11 +66,13 @@ class _CompressedLinear(Node):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        c, A, e = ctx.saved_tensors
+        # Under autocast h, and so its gradient, is narrower than what it was computed of.
+        dh = grads[0]
+        c, A, e = (tensor.to(dh.dtype) for tensor in ctx.saved_tensors)
         dx = dA = None
         if ctx.needs_input_grad[0]:
-            dx = torch.matmul(grads[0], A)
+            dx = torch.matmul(dh, A)
         if ctx.needs_input_grad[1]:
-            narrow = torch.mm(grads[0].reshape(-1, A.shape[0]).T, c) * ctx.scale
+            narrow = torch.mm(dh.reshape(-1, A.shape[0]).T, c) * ctx.scale
             dA = (narrow[..., None] * e).flatten(1)[:, : A.shape[1]]
         return dx, dA, None, None, None
