@@ -6,6 +6,7 @@ thread, and a collective is a meeting of all of them.
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 import types
@@ -281,6 +282,20 @@ def test_a_layer_gives_its_bias_beside_as_before():
     base = model.get_base_model()
     y, bias = base.down(torch.zeros(1, 1, 12))
     assert bias is base.down.base_layer.bias and torch.equal(y, torch.zeros(1, 1, 8))
+
+
+@pytest.mark.parametrize("given", [TransformerConfig(), {"tensor_model_parallel_size": 1}])
+def test_its_config_may_be_an_object_and_is_saved_as_far_as_a_file_can(given: Any, tmp_path: Path):
+    model = adapted(megatron_config=given)
+    model.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert values["megatron_config"] == {"tensor_model_parallel_size": 1}
+
+
+@pytest.mark.parametrize("given", ["x", 3, ["a"]])
+def test_a_config_that_is_none_is_refused(given: Any):
+    with pytest.raises(ConfigError, match="a dictionary, a TransformerConfig"):
+        LoraConfig(megatron_config=given)
 
 
 def test_files_go_round(tmp_path: Path):

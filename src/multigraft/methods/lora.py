@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -133,9 +133,20 @@ class LoraConfig(TargetedConfig):
         is_share = isinstance(p, (int, float)) and 0.0 <= p < 1.0
         require(is_share, where, "lora_dropout", p, "a number of at least 0 and below 1")
         check_choice(where, "bias", self.bias, ("none", "all", "lora_only"))
+        core = self.megatron_config
+        is_core = core is None or isinstance(core, Mapping) or is_dataclass(core)
+        require(is_core, where, "megatron_config", core, "a dictionary, a TransformerConfig, None")
         self.runtime_config = runtime_of(self.runtime_config)
         check_options(self)
         initialisations.settle_options(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        core = values["megatron_config"]
+        if core:  # a TransformerConfig also holds dtypes and functions, which no file can
+            plain = (str, int, float, list, dict, type(None))
+            values["megatron_config"] = {k: v for k, v in core.items() if isinstance(v, plain)}
+        return values
 
 
 def _entries(
