@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.tuners.lora.layer import Conv1d as PeftConv1d
 from peft.tuners.lora.layer import Linear as PeftLinear
 from safetensors.torch import save_file
 from torch import Tensor
@@ -36,6 +37,8 @@ def nest(outer: dict[str, Any] = OUTER, inner: dict[str, Any] = INNER, depth: in
     for block in model.base_model.model.blocks:
         for layer in (block.up, block.down):
             wrap(layer, "default", names, model)
+    if "conv" in outer["target_modules"]:
+        wrap(model.base_model.model.conv, "default", names, model)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -50,9 +53,10 @@ def wrap(layer: Any, name: str, inside: list[str], model: Any) -> None:
         return
     first, *more = inside
     config = model.peft_config[first]
+    kind = PeftConv1d if isinstance(layer, PeftConv1d) else PeftLinear
     for group in (layer.lora_A, layer.lora_B):
         options = {"r": config.r, "lora_alpha": config.lora_alpha, "config": config}
-        group[name] = PeftLinear(group[name], first, **options)
+        group[name] = kind(group[name], first, **options)
         wrap(group[name], first, more, model)
 
 
@@ -128,6 +132,17 @@ def test_what_was_inside_is_folded_in_with_equal_outputs(
     torch.testing.assert_close(output(mended, "default", "second"), wanted, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(wanted, output(model, "second"), atol=0.1)
     assert tensors(folder)[f"{PREFIX}blocks.0.up.lora_A.weight"].shape == (4, 8)
+
+
+def test_a_nest_in_a_convolution_is_folded(tmp_path: Path) -> None:
+    model = nest(outer=OUTER | {"target_modules": ["up", "down", "conv"]})
+    folder = save(model, tmp_path, all_tensors(model))
+    found = doctor(folder, nets.net(), un_nest=True, adapter_name="default")
+    assert found.is_healthy, str(found)
+    wanted = output(model, "default", "second")
+    mended = output(loaded(folder, "second"), "default", "second")
+    torch.testing.assert_close(mended, wanted, rtol=1e-5, atol=1e-4)
+    assert not torch.allclose(wanted, output(model, "default"), atol=0.1)
 
 
 def test_a_nest_in_a_nest_is_folded_from_the_inside(tmp_path: Path) -> None:
@@ -284,6 +299,16 @@ def test_what_was_put_on_an_adapter_cannot_be_mended_without_that_adapter(tmp_pa
     message = refused(tmp_path / "second", adapter_name="default")
     assert "holds what was put onto this layer, and not the layer" in message
     assert "Un-nest the checkpoint of the adapter that the layer belongs to" in message
+
+
+@pytest.mark.parametrize("values", [{"use_dora": True}, {"alora_invocation_tokens": [1]}], ids=str)
+def test_what_is_more_than_a_plain_pair_is_not_folded(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    model = nest()
+    folder = save(model, tmp_path, all_tensors(model))
+    resettle(folder / "second", **values)
+    assert "`second`, which is nested, is no plain LoRA" in refused(folder, adapter_name="default")
 
 
 def test_dora_inside_is_no_plain_pair(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from multigraft.errors import ConfigError, UnsupportedError
 from multigraft.keys import full_key
 from multigraft.methods.lora import LoraConfig
 from multigraft.reading import CONFIG_NAME, PICKLE_ENDINGS, read_config
+from multigraft.variants import variant_for
 
 
 @dataclass
@@ -153,7 +154,7 @@ class _Configs:
                 f"not at hand. Name its folder: --nested DIR."
             )
         config = PeftConfig.from_dict(read_config(path))
-        if not isinstance(config, LoraConfig) or config.use_dora:
+        if not isinstance(config, LoraConfig) or variant_for(config) is not None:
             raise UnsupportedError(
                 f"{path}: `{name}`, which is nested, is no plain LoRA, so it cannot be folded in."
             )
