@@ -26,6 +26,7 @@ from multigraft import (
     get_peft_model,
     initialize_lora_eva_weights,
 )
+from tests.calibration.test_loftq import quantised
 from tests.initialisations.nets import batch, net, off, options
 from tests.laws import fingerprint
 from tests.oracle import quiet
@@ -192,6 +193,16 @@ def test_adapters_made_on_the_meta_device_are_filled() -> None:
     initialize_lora_eva_weights(model, rows(), forward_fn=run, **ALL_ROWS, **QUIET)
     assert not any(p.is_meta for p in model.parameters())
     assert torch.equal(model(batch()), net()(batch()))
+
+
+def test_a_quantised_base_trains_on_afterwards() -> None:
+    """Evaluating some quantised layers lays their weights out without a backward."""
+    config = LoraConfig(r=4, target_modules=["0", "1"], init_lora_weights="eva")
+    model = get_peft_model(quantised(), config).train()
+    data = [torch.randn(60, 64, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    initialize_lora_eva_weights(model, data, forward_fn=run, **ALL_ROWS, **QUIET)
+    model(data[0]).square().sum().backward()
+    assert all(p.grad is not None for p in model.roster.parameters("default"))
 
 
 def test_functions_by_layer_choose_the_rows_that_count() -> None:

@@ -18,6 +18,7 @@ from multigraft.methods.lora import LoRA, LoraConfig
 from multigraft.model import PeftModel
 from multigraft.prepare import prepare
 from multigraft.site import Site
+from multigraft.storage import let_gradients_through
 from multigraft.tuner import base_of
 
 
@@ -125,3 +126,4 @@ def evaluating(model: nn.Module, mode: bool = False) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
+        let_gradients_through(base_of(model))  # which evaluating some quantised layers stops
