@@ -115,18 +115,7 @@ def initialize_lora_eva_weights(
         StateError: the model has no such adapter, or it is merged.
         ConfigError: the adapter begins otherwise, or neither data nor directions are given.
     """
-    if not isinstance(model, PeftModel):
-        raise StateError(
-            f"initialize_lora_eva_weights: `model` (={type(model).__name__}) must be a PeftModel; "
-            "call get_peft_model() first."
-        )
-    model.roster.require_one(adapter_name)
-    init = getattr(model.peft_config[adapter_name], "init_lora_weights", None)
-    if init != "eva":
-        raise ConfigError(
-            f"initialize_lora_eva_weights: `init_lora_weights` (={init!r}) of adapter "
-            f'`{adapter_name}` must be "eva".'
-        )
+    handle = _with_eva(model, adapter_name)
     if eva_state_dict is None:
         if dataloader is None:
             raise ConfigError(
@@ -144,7 +133,24 @@ def initialize_lora_eva_weights(
             gather_distributed_inputs,
             show_progress_bar,
         )
-    give(model, adapter_name, {strip_prefix(key): value for key, value in eva_state_dict.items()})
+    give(handle, adapter_name, {strip_prefix(key): value for key, value in eva_state_dict.items()})
+
+
+def _with_eva(model: nn.Module, adapter_name: str) -> PeftModel:
+    """The model, if it has this adapter and that begins by EVA."""
+    if not isinstance(model, PeftModel):
+        raise StateError(
+            f"initialize_lora_eva_weights: `model` (={type(model).__name__}) must be a PeftModel; "
+            "call get_peft_model() first."
+        )
+    model.roster.require_one(adapter_name)
+    init = getattr(model.peft_config[adapter_name], "init_lora_weights", None)
+    if init != "eva":
+        raise ConfigError(
+            f"initialize_lora_eva_weights: `init_lora_weights` (={init!r}) of adapter "
+            f'`{adapter_name}` must be "eva".'
+        )
+    return model
 
 
 class _Study:
