@@ -106,7 +106,10 @@ class Siblings:
             y = self._waiting(layer, x, route)
             if y is not None:
                 return y
-        layers = self.companies.get(layer)
+        # Traced, they are found anew: what a call would add to the table is what the next one is
+        # compiled again for.
+        is_traced = torch.compiler.is_compiling()
+        layers = self._company(layer) if is_traced else self.companies.get(layer)
         if layers is None:
             layers = self.companies[layer] = self._company(layer)
         if len(layers) < 2 or self.is_split:
