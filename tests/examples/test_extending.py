@@ -84,9 +84,11 @@ def test_the_method_acts_and_learns() -> None:
 
 
 def test_the_storage_takes_every_method_but_a_copy() -> None:
-    # Quantised modules cannot be copied and trained.
-    refused = {p.method for p in STORAGE if is_refused(p)}
-    assert refused == {"SAVED_MODULE", "LN_TUNING"}
+    # Quantised modules cannot be copied and trained; LoftQ is there to quantise what is not yet.
+    refused = [p for p in STORAGE if is_refused(p)]
+    starts = [p for p in refused if p.options.get("init_lora_weights") == "loftq"]
+    assert len(starts) == 1
+    assert {p.method for p in refused if p not in starts} == {"SAVED_MODULE", "LN_TUNING"}
 
 
 @pytest.mark.parametrize("name", ["lora_xs", "row_int8"])
