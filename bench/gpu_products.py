@@ -1,6 +1,7 @@
 """The narrow products of a training step on one GPU: time, and bytes per second that they reach.
 
-    python bench/gpu_products.py
+    python bench/gpu_products.py           # the products
+    python bench/gpu_products.py --tiles   # tiles of the kernels that regenerate a dropout's mask
 
 Each row is one product of `adapted_linears` at 8192 tokens of bfloat16, for one adapter and for
 eight in equal shares, beside the base layer's own product with and without an accumulation.
@@ -8,6 +9,7 @@ eight in equal shares, beside the base layer's own product with and without an a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -76,8 +78,51 @@ def products(in_: int, out: int, adapters: int) -> dict[str, tuple[Callable[[], 
     }
 
 
+TILES = {
+    "SHRINK": [(32, 128, 4, 4), (16, 256, 4, 4), (32, 256, 4, 3), (64, 128, 4, 3), (64, 64, 4, 4),
+               (128, 64, 8, 3)],
+    "FACTOR": [(64, 64, 4, 3), (64, 128, 4, 3), (32, 128, 4, 4), (128, 64, 4, 3), (32, 256, 8, 3),
+               (128, 128, 8, 2)],
+    "INPUT": [(64, 128, 4, 2), (32, 256, 4, 2), (64, 256, 8, 2), (128, 128, 8, 2), (16, 256, 4, 2),
+              (32, 128, 4, 2)],
+}  # fmt: skip
+
+
+def tiles() -> dict[str, tuple[int, int, int, int]]:
+    """The fastest tile of each kernel over a model's shapes."""
+    from multigraft.kernels import _triton_regenerated as kernels
+
+    seed = torch.ones(1, dtype=torch.int32, device="cuda")
+    draw = lambda *shape: torch.randn(*shape, dtype=torch.bfloat16, device="cuda")  # noqa: E731
+    # q with k and v; o; gate with up; down
+    shapes = [(4096, 3 * RANK), (4096, RANK), (4096, 2 * RANK), (14336, RANK)]
+    inputs = [(draw(TOKENS, w), draw(r, w), draw(TOKENS, r)) for w, r in shapes]
+    best = {}
+    for name, candidates in TILES.items():
+        sums = {}
+        for tile in candidates:
+            setattr(kernels, name, kernels.Tile(*tile))
+            total = 0.0
+            for x, A, ds in inputs:
+                call = {
+                    "SHRINK": lambda x=x, A=A: kernels.shrink(x, A, seed, 2**28, 1.1),
+                    "FACTOR": lambda x=x, ds=ds: kernels.factor_gradient(ds, x, seed, 2**28, 1.1),
+                    "INPUT": lambda A=A, ds=ds: kernels.input_gradient(ds, A, seed, 2**28, 1.1),
+                }[name]
+                total += sorted(microseconds(call, 8))[4]
+            sums[tile] = total
+            print(f"{name} {tile} {total:8.1f} us", flush=True)
+        best[name] = min(sums, key=lambda tile: sums[tile])
+        setattr(kernels, name, kernels.Tile(*best[name]))
+    print("best:", best)
+    return best
+
+
 def main() -> None:
     """One row for each shape, number of adapters and product."""
+    if "--tiles" in sys.argv:
+        tiles()
+        return
     report = Report("gpu_products", __doc__)
     for adapters in (1, 8):
         for name, (in_, out) in SHAPES.items():

@@ -280,3 +280,21 @@ def test_gradient_checkpointing_recomputes_them_together(model: PeftModel) -> No
     x = batch().requires_grad_()
     for reentrant in (True, False):
         check(model, lambda m, r=reentrant: checkpoint(m, x, use_reentrant=r))
+
+
+@pytest.mark.parametrize("names", [None, ["a", "a", "b", "b"], ["b", "a", "b", "__base__"]])
+@pytest.mark.parametrize("grad", [True, False])
+def test_compiled_without_a_break_they_run_as_one(
+    model: PeftModel, names: list[str] | None, grad: bool
+) -> None:
+    more = {} if names is None else {"adapter_names": names}
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.set_grad_enabled(grad):
+        expected = alone(model, lambda m: m(batch(), **more))
+        torch.testing.assert_close(compiled(batch(), **more), expected)
+    if grad:
+        wanted = gradients(model, expected)
+        found = gradients(model, compiled(batch(), **more))
+        for name, value in wanted.items():
+            torch.testing.assert_close(found[name], value, msg=name)

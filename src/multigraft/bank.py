@@ -9,7 +9,6 @@ through it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -40,33 +39,24 @@ class Bank:
         self.pairs = pairs
         self.dtype = dtype
         self.ranks = [max(A.shape[0] for A, _, _ in own) for own in pairs]
+        self._wide: tuple[Tensor, list[Tensor]] | None = None
         self._masks: dict[int, Tensor] = {}
         self._stack: Stack | None = None
 
-    @cached_property
-    def A(self) -> Tensor:
-        """``(layers · adapters, rank, in)`` flattened to ``(Σ rank, in)``, layer by layer."""
-        rows = [
-            _padded(A, rank)
-            for own, rank in zip(self.pairs, self.ranks, strict=True)
-            for A, _, _ in own
-        ]
-        return torch.cat(rows).to(self.dtype)
+    def wide(self) -> tuple[Tensor, list[Tensor]]:
+        """A of all, ``(Σ adapters · rank, in)``, and each layer's B, ``(adapters, rank, out)``."""
+        if self._wide is None:
+            own = list(zip(self.pairs, self.ranks, strict=True))
+            rows = [_padded(A, rank) for pairs, rank in own for A, _, _ in pairs]
+            Bs = [torch.stack([_padded(B.T, rank) for _, B, _ in pairs]) for pairs, rank in own]
+            self._wide = torch.cat(rows).to(self.dtype), [B.to(self.dtype) for B in Bs]
+        return self._wide
 
-    @cached_property
-    def Bs(self) -> list[Tensor]:
-        """``(adapters, rank, out)`` of each layer."""
-        return [
-            torch.stack([_padded(B.T, rank) for _, B, _ in own]).to(self.dtype)
-            for own, rank in zip(self.pairs, self.ranks, strict=True)
-        ]
-
-    @cached_property
     def scales(self) -> list[Tensor]:
         """``(adapters,)`` of each layer."""
         device = self.pairs[0][0][0].device
         return [
-            kernels.constants(tuple(scale for _, _, scale in own), self.dtype, device)
+            kernels.constants(tuple([scale for _, _, scale in own]), self.dtype, device)
             for own in self.pairs
         ]
 
@@ -95,11 +85,12 @@ class Bank:
         """One narrow product for all layers and adapters; foreign columns are set to zero."""
         flat = x.reshape(-1, x.shape[-1])
         each = flat.shape[0] // x.shape[0]
-        s = torch.mm(flat, self.A.T)
+        A, Bs = self.wide()
+        s = torch.mm(flat, A.T)
         mask = self._mask(grouping)
         s.view(x.shape[0], each, -1).mul_(mask[:, None])
         ys, start = [], 0
-        for (W, bias), B in zip(frozen, self.Bs, strict=True):
+        for (W, bias), B in zip(frozen, Bs, strict=True):
             own = s.narrow(1, start, B.shape[0] * B.shape[1])
             start += own.shape[1]
             y = F.linear(flat, W, bias).addmm_(own, B.flatten(0, 1))
@@ -112,8 +103,8 @@ class Bank:
         Args:
             y, x: (rows, ..., out) and (rows, ..., in).
         """
-        B, scale = self.Bs[0], self.scales[0]
-        A = self.A.view(B.shape[0], B.shape[1], -1)
+        A, (B, *_) = self.wide()
+        A, scale = A.view(B.shape[0], B.shape[1], -1), self.scales()[0]
         if self.is_few(x):
             return kernels.masked(y, x, A, B, self._mask(grouping))
         places = grouping.valid.to(scale) * scale[:, None]
@@ -131,7 +122,7 @@ class Bank:
             self._masks[rows] = torch.cat(
                 [
                     (hot * scale).repeat_interleave(rank, dim=1)
-                    for scale, rank in zip(self.scales, self.ranks, strict=True)
+                    for scale, rank in zip(self.scales(), self.ranks, strict=True)
                 ],
                 dim=1,
             )

@@ -14,7 +14,7 @@ from torch import Tensor
 from multigraft import kernels
 from multigraft.bank import frozen_of, joined, pair
 from multigraft.graft import Graft
-from multigraft.kernels import Dropped, Part
+from multigraft.kernels import Dropped, Part, Seeded
 
 
 def fused(grafts: Sequence[Graft], x: Tensor, training: bool) -> Tensor | None:
@@ -28,7 +28,7 @@ def fused(grafts: Sequence[Graft], x: Tensor, training: bool) -> Tensor | None:
     if part is None:
         return _own(grafts[0], x, training) if len(grafts) == 1 else None
     p = rate(grafts, training) if training else 0.0
-    return kernels.adapted_linears(x, [part], dropped(x, p) if p else None)[0]
+    return kernels.adapted_linears(x, [part], dropped(x, p, [part]) if p else None)[0]
 
 
 def _own(graft: Graft, x: Tensor, training: bool) -> Tensor | None:
@@ -54,9 +54,21 @@ def rate(grafts: Sequence[Graft], training: bool) -> float:
     return grafts[0].method.dropout if training and len(grafts) == 1 else 0.0
 
 
-def dropped(x: Tensor, p: float) -> Dropped:
+def dropped(x: Tensor, p: float, parts: Sequence[Part]) -> Dropped | Seeded:
     """What adapters with this dropout see of ``x``, in training."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return Dropped(F.dropout(x, p))
+    if shares_dropout(x, parts):
+        return Seeded(kernels.draw_seed(x), p)
     seen, mask = torch.native_dropout(x, p, True)
     return Dropped(seen, mask, 1.0 / (1.0 - p))
+
+
+def shares_dropout(x: Tensor, parts: Sequence[Part]) -> bool:
+    """Whether these layers can have one dropout of their input, whose mask is never stored.
+
+    On a GPU alone: on a CPU each layer draws a mask of its own, from one seed the same as PEFT's.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return kernels.can_regenerate(x, sum(part.A[0].shape[0] for part in parts))

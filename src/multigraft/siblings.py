@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from multigraft import kernels
-from multigraft.fused import part_of, rate
+from multigraft.fused import dropped, part_of, rate, shares_dropout
 from multigraft.kernels import Part
 from multigraft.mixed import run_together
 
@@ -152,15 +152,21 @@ class Siblings:
 def _unrouted(layers: Sequence[AdaptedLayer], x: Tensor) -> list[Tensor] | None:
     """The outputs of layers that the same adapters act on in all rows."""
     parts: list[Part] = []
+    rates = set()
     for layer in layers:
         plan = layer.plan
-        if not (plan.is_additive and plan.deltas) or rate(plan.deltas, layer.training):
-            return None  # each layer drops elements of its own
+        if not (plan.is_additive and plan.deltas):
+            return None
+        rates.add(rate(plan.deltas, layer.training))
         part = part_of(plan.deltas, x, layer.training)
         if part is None or part.W.device != x.device:
             return None
         parts.append(part)
-    return kernels.adapted_linears(x, parts)
+    if rates == {0.0}:
+        return kernels.adapted_linears(x, parts)
+    if len(rates) > 1 or not shares_dropout(x, parts):
+        return None  # each layer drops elements of its own
+    return kernels.adapted_linears(x, parts, dropped(x, rates.pop(), parts))
 
 
 def _name(layer: AdaptedLayer) -> str:

@@ -14,13 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from multigraft.kernels import Part, Stack
+from multigraft.kernels import Part, Seeded, Stack
 from multigraft.kernels.adapted_linear import (
     MANY_TOKENS,
     Dropped,
     adapted_linear_reference,
     adapted_linears,
 )
+from multigraft.kernels.regenerated import keeps
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 IN = 5
@@ -125,6 +126,29 @@ def test_a_dropout_that_the_factors_see_gets_its_gradient_either_way(
     dropped = Dropped(seen, mask, 2.0) if with_mask else Dropped(seen)
     expected = by_hand(x, parts, x * mask * 2.0)
     check(adapted_linears(x, parts, dropped), expected, leaves(x, parts))
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_dropout_by_seed_is_that_of_its_mask(layers: int) -> None:
+    x, parts = make(layers, 1, 6, (3,))
+    own = Seeded(torch.tensor([5], dtype=torch.int32), 0.5)
+    mask = keeps(own.seed, 18, IN, own.p).view(x.shape)
+    check(adapted_linears(x, parts, own), by_hand(x, parts, x * mask * 2.0), leaves(x, parts))
+    with torch.no_grad():
+        for one, two in zip(
+            adapted_linears(x, parts, own), by_hand(x, parts, x * mask * 2.0), strict=True
+        ):
+            torch.testing.assert_close(one, two)
+
+
+def test_second_gradients_go_through_a_dropout_by_seed() -> None:
+    x, parts = make(1, 1, 4, ())
+    own = Seeded(torch.tensor([5], dtype=torch.int32), 0.5)
+
+    def run(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return adapted_linears(x, [parts[0]._replace(A=(A,), B=(B,))], own)[0]
+
+    assert torch.autograd.gradgradcheck(run, (x, *parts[0].A, *parts[0].B))
 
 
 def test_second_gradients_go_through_a_dropout() -> None:

@@ -1,10 +1,17 @@
 """Low-rank operators on plain tensors. This package imports nothing else of ours."""
 
-from multigraft.kernels.adapted_linear import MANY_TOKENS, Dropped, adapted_linear, adapted_linears
+from multigraft.kernels.adapted_linear import (
+    MANY_TOKENS,
+    Dropped,
+    Seeded,
+    adapted_linear,
+    adapted_linears,
+)
 from multigraft.kernels.compressed import compressed_linear, group_size, grouped_features
 from multigraft.kernels.layout import Part, Stack, constants
 from multigraft.kernels.low_rank import low_rank_add
 from multigraft.kernels.node import IS_TRACED
+from multigraft.kernels.regenerated import can_regenerate, draw_seed
 from multigraft.kernels.reweighted_linear import reweighted_linear
 from multigraft.kernels.reweighted_matrices import reweighted_matrices
 from multigraft.kernels.routed import grouped, masked
@@ -14,11 +21,14 @@ __all__ = [
     "MANY_TOKENS",
     "Dropped",
     "Part",
+    "Seeded",
     "Stack",
     "adapted_linear",
     "adapted_linears",
+    "can_regenerate",
     "compressed_linear",
     "constants",
+    "draw_seed",
     "group_size",
     "grouped",
     "grouped_features",

@@ -24,6 +24,13 @@ from torch import Tensor
 
 from multigraft.kernels.layout import Layout, Part, Stack, constants, layout_for
 from multigraft.kernels.node import IS_TRACED, Node
+from multigraft.kernels.regenerated import (
+    dropped_factor_gradient,
+    dropped_input,
+    dropped_input_gradient,
+    dropped_shrink,
+    keeps,
+)
 
 MANY_TOKENS = 1024
 """From so many tokens on, writing the narrow product first saves a pass over y."""
@@ -43,6 +50,18 @@ class Dropped(NamedTuple):
     x: Tensor
     mask: Tensor | None = None
     scale: float = 1.0
+
+
+class Seeded(NamedTuple):
+    """A dropout, of what the factors see, whose mask is computed again where it is needed.
+
+    Args:
+        seed: see `multigraft.kernels.regenerated`.
+        p: the share of elements that are dropped.
+    """
+
+    seed: Tensor
+    p: float
 
 
 def adapted_linear_reference(
@@ -68,13 +87,14 @@ def adapted_linear(
 def adapted_linears(
     x: Tensor,
     parts: Sequence[Part],
-    dropped: Dropped | None = None,
+    dropped: Dropped | Seeded | None = None,
     stack: Stack | None = None,
 ) -> list[Tensor]:
     """The outputs ``(..., out)`` of all these layers, in one node.
 
     Args:
         x: with several adapters, ``(rows, ..., in)`` with equally many rows for each.
+        dropped: what the factors see in place of ``x``; `Seeded` for one adapter alone.
         stack: the layers' factors as they are now, where no gradient is wanted.
     """
     is_one = len(parts) == 1 and len(parts[0].A) == 1 and dropped is None
@@ -86,12 +106,18 @@ def adapted_linears(
         tensors += (part.W, part.bias, *part.A, *part.B)
     is_traced = torch.compiler.is_compiling()
     if not torch.is_grad_enabled() or (is_traced and not IS_TRACED):
-        seen = x if dropped is None else dropped.x
-        A, Bs = stack or layout.stacked(tensors, x.dtype)
-        flat = _forward(layout, x, seen, A, Bs, tensors)[0]
+        seeded = dropped if isinstance(dropped, Seeded) else None
+        seen = dropped.x if isinstance(dropped, Dropped) else x
+        flat = _forward(
+            layout, x, seen, stack or layout.stacked(tensors, x.dtype), tensors, seeded
+        )[0]
     else:
         node = _Traced if is_traced else _AdaptedLinears
-        found = node.apply(layout, x, *(dropped or (None, None, 1.0)), *tensors)
+        if isinstance(dropped, Seeded):
+            seen, mask, kept = None, *dropped
+        else:
+            seen, mask, kept = dropped or (None, None, 1.0)
+        found = node.apply(layout, x, seen, mask, kept, *tensors)
         flat = found[-layout.layers :]
     if x.dim() == 2:
         return list(flat)
@@ -114,20 +140,20 @@ def _forward(
     layout: Layout,
     x: Tensor,
     seen: Tensor,
-    A: Tensor,
-    Bs: Sequence[Tensor],
+    stack: Stack,
     tensors: Sequence[Tensor | None],
+    seeded: Seeded | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """Each layer's output ``(tokens, out)``, and s."""
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    s = _narrow(layout, seen, A)
+    s = _narrow(layout, seen, stack.A, seeded)
     few = layout.adapters == 1 and flat.shape[0] < MANY_TOKENS
     ys = []
     for i, (start, rank) in enumerate(layout.columns):
         W, bias = tensors[i * layout.size : i * layout.size + 2]
         assert W is not None
         own = s if layout.layers == 1 else s.narrow(-1, start, rank)
-        right, scale = Bs[i].mT, layout.scale[i]
+        right, scale = stack.Bs[i].mT, layout.scale[i]
         if few:
             ys.append(F.linear(flat, W, bias).addmm_(own, right, alpha=scale))
             continue
@@ -139,14 +165,19 @@ def _forward(
     return ys, s
 
 
-def _narrow(layout: Layout, seen: Tensor, A: Tensor) -> Tensor:
-    """S of all layers side by side."""
+def _narrow(layout: Layout, seen: Tensor, A: Tensor, seeded: Seeded | None = None) -> Tensor:
+    """The narrow products of all layers side by side."""
+    if seeded is not None:
+        return dropped_shrink(_shared(seen, layout), A, *seeded)
     s = _thin(_shared(seen, layout), A.mT, 1.0)
     return s if layout.uneven is None else s * layout.factors(s)
 
 
 class _AdaptedLinears(Node):
-    """Inputs: the layout, x, what the factors see with its mask and scale, the layers' tensors.
+    """All layers with all their pairs.
+
+    Inputs: the layout, x, what the factors see with its mask and scale, the layers' tensors. A
+    mask alone is the seed of a dropout, and the scale its rate.
 
     Outputs: s, those stacked factors that are no inputs, and each layer's output ``(tokens, out)``.
     """
@@ -157,8 +188,9 @@ class _AdaptedLinears(Node):
     def forward(
         layout: Layout, x: Tensor, seen: Tensor | None, mask: Any, kept: float, *tensors: Any
     ) -> tuple[Tensor, ...]:
-        A, Bs = layout.stacked(tensors, x.dtype)
-        ys, s = _forward(layout, x, x if seen is None else seen, A, Bs, tensors)
+        A, Bs = stack = layout.stacked(tensors, x.dtype)
+        seeded = Seeded(mask, kept) if seen is None and mask is not None else None
+        ys, s = _forward(layout, x, x if seen is None else seen, stack, tensors, seeded)
         if layout.is_single and A is tensors[2]:
             return s, *ys
         own = {id(tensor) for tensor in tensors}
@@ -187,6 +219,11 @@ class _AdaptedLinears(Node):
             # To autograd, what was kept is no function of x and the factors, as second gradients
             # need it.
             stack = layout.stacked(tensors, seen.dtype)
+            if mask is not None and not ctx.is_apart:
+                tokens = seen.numel() // seen.shape[-1]
+                whole = keeps(mask, tokens, seen.shape[-1], ctx.kept).view(seen.shape)
+                seen = dropped_input(seen, mask, ctx.kept)
+                mask, ctx.is_apart, ctx.kept = whole, True, 1.0 / (1.0 - ctx.kept)
             s = _narrow(layout, seen, stack.A)
         else:
             stack = layout.again(ready, tensors, seen.dtype)
@@ -201,8 +238,7 @@ class _Traced(torch.autograd.Function):
         ctx: Any, layout: Layout, x: Tensor, seen: Any, mask: Any, kept: float, *tensors: Any
     ) -> tuple[Tensor, ...]:
         read = x if seen is None else seen
-        A, Bs = layout.stacked(tensors, x.dtype)
-        ys, s = _forward(layout, x, read, A, Bs, tensors)
+        ys, s = _forward(layout, x, read, layout.stacked(tensors, x.dtype), tensors)
         ctx.layout, ctx.shape, ctx.is_apart, ctx.kept = layout, x.shape, seen is not None, kept
         held = list(tensors)
         held[1 :: layout.size] = [None] * layout.layers
@@ -232,8 +268,11 @@ def _gradients(
     seen, mask, s = kept
     needs_x, needs_seen, _, _, *needs = ctx.needs_input_grad[1:]
     ds = _narrow_gradient(layout, dys, stack.Bs, s)
+    seeded = Seeded(mask, ctx.kept) if mask is not None and not ctx.is_apart else None
     own = None
-    if needs_x or needs_seen:
+    if seeded is not None and needs_x:
+        own = dropped_input_gradient(ds, stack.A, *seeded)
+    elif needs_x or needs_seen:
         own = _product(ds, stack.A).view(-1, ctx.shape[-1])
     dx = dseen = None
     if not ctx.is_apart:
@@ -247,7 +286,7 @@ def _gradients(
             if dy is not None:
                 dx = torch.mm(dy, W) if dx is None else dx.addmm_(dy, W)
         dx = None if dx is None else dx.view(ctx.shape)
-    found = _factor_gradients(layout, dys, ds, s, seen, tensors, needs)
+    found = _factor_gradients(layout, dys, ds, s, seen, tensors, needs, seeded)
     return None, dx, dseen if needs_seen else None, None, None, *found
 
 
@@ -276,17 +315,18 @@ def _factor_gradients(
     seen: Tensor,
     tensors: Sequence[Tensor],
     needs: Sequence[bool],
+    seeded: Seeded | None,
 ) -> list[Tensor | None]:
     """Gradients in the order of ``tensors``: slices of one product for all A, of one for each B."""
     if layout.is_single and dys[0] is not None:
-        dA = _as(torch.mm(ds.mT, _shared(seen, layout)), tensors[2]) if needs[2] else None
+        dA = _as(_over_tokens(layout, ds, seen, seeded), tensors[2]) if needs[2] else None
         dB = _as(_thin(dys[0].mT, s, layout.scale[0]), tensors[3]) if needs[3] else None
         return [None, None, dA, dB]
     found: list[Tensor | None] = [None] * len(tensors)
     n, size = layout.adapters, layout.size
     firsts = [i * size + 2 for i in range(layout.layers) if dys[i] is not None]
     if any(any(needs[first : first + n]) for first in firsts):
-        own = layout.split_A(_as(_product(ds.mT, _shared(seen, layout)), tensors[2]))
+        own = layout.split_A(_as(_over_tokens(layout, ds, seen, seeded), tensors[2]))
         for first in firsts:
             found[first : first + n] = own[first // size]
     for first in firsts:
@@ -296,6 +336,13 @@ def _factor_gradients(
             dB = _as(_thin(_shared(dys[i], layout).mT, narrow, layout.scale[i]), tensors[first + n])
             found[first + n : first + 2 * n] = layout.split_B(dB, i)
     return found
+
+
+def _over_tokens(layout: Layout, ds: Tensor, seen: Tensor, seeded: Seeded | None) -> Tensor:
+    """The gradient of the stacked A."""
+    if seeded is not None:
+        return dropped_factor_gradient(ds, _shared(seen, layout), *seeded)
+    return _product(ds.mT, _shared(seen, layout))
 
 
 def _as(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -334,6 +381,5 @@ def _scaled(left: Tensor, right: Tensor, scale: float) -> Tensor:
     if scale == 1.0:
         return _product(left, right)
     add = torch.addmm if left.dim() == 2 else torch.baddbmm
-    is_traced = torch.compiler.is_compiling()
-    nothing = left.new_empty(()) if is_traced else constants((0.0,), left.dtype, left.device)
+    nothing = constants((0.0,), left.dtype, left.device)
     return add(nothing, left, right, beta=0, alpha=scale)

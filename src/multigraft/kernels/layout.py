@@ -160,9 +160,15 @@ def _single(scale: tuple[float, ...], rank: int) -> Layout:
     return Layout(((scale, (rank,)),))
 
 
-@lru_cache(maxsize=256)
 def constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """These numbers as a tensor, made once: each copy to a device would wait for it."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=dtype, device=device)
+    return _constants(values, dtype, device)
+
+
+@lru_cache(maxsize=256)
+def _constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=dtype, device=device)
 
