@@ -25,7 +25,7 @@ class Tile(NamedTuple):
 
 # The fastest of six each on an H200 (bench/gpu_products.py --tiles).
 SHRINK = Tile(32, 128, 4, 4)
-FACTOR = Tile(64, 64, 4, 3)
+FACTOR = Tile(32, 128, 4, 4)
 INPUT = Tile(64, 128, 4, 2)
 SPLITS = 16
 """Parts of the tokens in dA: too few programs would fill the GPU without them."""
