@@ -134,6 +134,18 @@ def test_what_was_inside_is_folded_in_with_equal_outputs(
     assert tensors(folder)[f"{PREFIX}blocks.0.up.lora_A.weight"].shape == (4, 8)
 
 
+def test_what_is_mended_loads_in_peft_as_well(tmp_path: Path) -> None:
+    model = nest()
+    folder = save(model, tmp_path, all_tensors(model))
+    doctor(folder, un_nest=True, adapter_name="default")
+    theirs = peft.PeftModel.from_pretrained(nets.net(), folder)
+    theirs.load_adapter(folder / "second", "second")
+    wanted = output(model, "default", "second")
+    mended = output(theirs, "default", "second")
+    torch.testing.assert_close(mended, wanted, rtol=1e-5, atol=1e-5)
+    assert not multigraft.inspect(theirs).nested
+
+
 def test_a_nest_in_a_convolution_is_folded(tmp_path: Path) -> None:
     model = nest(outer=OUTER | {"target_modules": ["up", "down", "conv"]})
     folder = save(model, tmp_path, all_tensors(model))
