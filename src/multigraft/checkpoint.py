@@ -128,7 +128,8 @@ def params_in(graft: Graft, gathered: Mapping[str, Tensor] | None) -> Params:
     if graft.tied is not None and graft.stand_in is None:
         return graft.method.from_tied(params_in(graft.tied, gathered))
     names = {name: memory_name(graft, name) for name in graft.owners}
-    return graft.params | {n: gathered[key] for n, key in names.items() if key in gathered}
+    taken = {n: gathered[key] for n, key in names.items() if key in gathered}
+    return {**graft.params, **taken}
 
 
 def save(root: Path, adapters: dict[Path, tuple[PeftConfig, dict[str, Tensor]]]) -> None:
