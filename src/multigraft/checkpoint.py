@@ -24,6 +24,7 @@ from multigraft.atomic import recover, write_files, write_utf8
 from multigraft.config import PeftConfig
 from multigraft.errors import CheckpointError, MissingExtraError
 from multigraft.fields import check_regex
+from multigraft.finite import is_finite
 from multigraft.graft import Graft
 from multigraft.keys import full_key, memory_name, saved_tensors, strip_prefix
 from multigraft.methods.contract import Params
@@ -94,7 +95,7 @@ def compare(
             report.mismatched_keys.append((full_key(key), *shapes))
         else:
             good[key] = tensor
-            if tensor.is_floating_point() and not _is_finite(tensor):
+            if not is_finite(tensor):
                 report.nonfinite_keys.append(full_key(key))
     return report, good
 
@@ -275,10 +276,6 @@ def write_tensors(state: Mapping[str, Tensor], path: Path) -> None:
         save_file(tensors, path, {"format": "pt"})
     except SafetensorError as error:  # in which it wraps what the disk says
         raise OSError(f"{path.name}: {error}") from error
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return tensor.is_meta or bool(torch.isfinite(tensor).all())
 
 
 def _listing(what: str, names: list[str], limit: int = 5) -> list[str]:

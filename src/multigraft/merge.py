@@ -20,6 +20,7 @@ from torch import Tensor
 
 from multigraft.effective import in_dtype, mapped, touched
 from multigraft.errors import MergeError, MultigraftWarning, StateError, UnsupportedError
+from multigraft.finite import is_finite
 from multigraft.graft import Graft
 from multigraft.layer import AdaptedLayer
 from multigraft.requantisation import Loss, report
@@ -233,7 +234,7 @@ def _write(
 
 
 def _require_finite(layer: AdaptedLayer, fresh: Sequence[Graft], name: str, value: Tensor) -> None:
-    if not torch.isfinite(value).all():
+    if not is_finite(value):
         raise MergeError(
             f"{layer.path}: merging {[g.adapter for g in fresh]} gives NaN or infinity in "
             f"`{name}`; nothing was merged. Check the adapter's tensors."
@@ -275,7 +276,7 @@ def check_values(graft: Graft, where: str, doing: str, done: str) -> None:
                 f"{where}: `{name}` of `{graft.adapter}` is on the meta device and holds no "
                 f"values; load the adapter before {doing}."
             )
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise MergeError(
                 f"{where}: `{name}` of `{graft.adapter}` holds NaN or infinity; nothing was "
                 f"{done}. Retrain the adapter or load a good checkpoint."

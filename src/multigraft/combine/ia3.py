@@ -19,6 +19,7 @@ from multigraft.combine.request import WHERE, check_weights
 from multigraft.combine.sites import Part, copies_at
 from multigraft.combine.weighted import Sources, gather
 from multigraft.errors import ConfigError, MergeError, UnsupportedError
+from multigraft.finite import is_finite
 from multigraft.keys import disk_names
 from multigraft.merge import check_values
 from multigraft.prepare import Prepared
@@ -85,7 +86,7 @@ def _values(prepared: Prepared, sources: Sources, total: float) -> Iterator[tupl
             shape = method.tensors()["ia3_l"].shape
             values = {"ia3_l": _vector(parts, total, shape, str(need.site))}
         for name, spec in method.tensors().items():
-            if not torch.isfinite(values[name]).all():
+            if not is_finite(values[name]):
                 raise MergeError(
                     f"{need.site}: the weighted sum is NaN or infinite in `{name}`; nothing was "
                     "added. Use smaller weights."

@@ -14,6 +14,7 @@ from multigraft.combine.request import WHERE, Request
 from multigraft.combine.sites import Part, combined, copies_at, pair_at, rank_of, width
 from multigraft.combine.svd import Cut
 from multigraft.errors import MergeError, UnsupportedError
+from multigraft.finite import is_finite
 from multigraft.graft import Graft
 from multigraft.keys import disk_names
 from multigraft.merge import check_values
@@ -100,7 +101,7 @@ def _values(
         for name, spec in method.tensors().items():
             if not spec.saved:
                 continue
-            if values[name].is_floating_point() and not torch.isfinite(values[name]).all():
+            if not is_finite(values[name]):
                 raise MergeError(
                     f"{site}: combining {list(request.adapters)} by `{rule.name}` gives NaN or "
                     f"infinity in `{name}`; nothing was added. Use smaller weights."

@@ -13,7 +13,7 @@ from multigraft.diagnosis.checks.shapes import PAIRS
 from multigraft.diagnosis.findings import Finding
 from multigraft.diagnosis.names import is_group, parsed
 from multigraft.diagnosis.patient import Patient
-from multigraft.inspection.checks.values import is_finite
+from multigraft.finite import is_finite
 
 
 @check("non-finite values")

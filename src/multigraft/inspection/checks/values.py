@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from multigraft.finite import is_finite
 from multigraft.inspection.checks.contract import Subject, Violation, check
 from multigraft.inspection.places import Part, Place
 from multigraft.storage import holder, storage_of
@@ -169,10 +170,3 @@ def _has_values(tensor: Tensor) -> bool:
     if type(tensor.detach()) is not Tensor:
         return False
     return tensor.is_floating_point() and not tensor.is_meta
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Without a copy of the tensor; narrow floats, which cannot be compared, are widened."""
-    wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
-    low, high = torch.aminmax(wide.detach())
-    return bool(torch.isfinite(low) and torch.isfinite(high))
