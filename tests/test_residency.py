@@ -88,6 +88,7 @@ def test_what_a_batch_names_is_brought_even_when_it_is_too_much(moves: list[Any]
     moves.clear()
     output(model, batch, adapter_names=["d"] * 3)
     assert {("b", "home"), ("c", "home")} == set(moves)
+    assert resident(model) == ["a", "d"]  # the active one acts again after the call
     with model.mixed_batch([["b", "c"], "d", "__base__"]):
         torch.testing.assert_close(output(model, batch), y)
 
