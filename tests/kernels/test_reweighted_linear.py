@@ -118,7 +118,19 @@ def test_half_precision_rounds_each_output_a_few_times(dtype: torch.dtype) -> No
     torch.testing.assert_close(inputs["m"].grad.double(), expected, rtol=16 * eps, atol=64 * eps)
 
 
-def test_nothing_as_wide_as_the_output_is_kept_beside_u() -> None:
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_magnitude_of_zero_gets_its_gradient(bias: bool) -> None:
+    inputs = tensors((6, 4), 5, 2)
+    inputs["bias"] = inputs["bias"] if bias else None
+    with torch.no_grad():
+        inputs["m"][2] = 0.0
+    leaves = [*trained(inputs).values()]
+    found = torch.autograd.grad(reweighted_linear(**inputs).cos().sum(), leaves)
+    expected = torch.autograd.grad(reweighted_linear_reference(**inputs).cos().sum(), leaves)
+    torch.testing.assert_close(found, expected)
+
+
+def test_what_is_kept_beside_x_is_the_output_alone() -> None:
     inputs, kept = tensors((64, 4), 32, 2), []
 
     def note(tensor: Tensor) -> Tensor:
@@ -126,5 +138,15 @@ def test_nothing_as_wide_as_the_output_is_kept_beside_u() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        reweighted_linear(**inputs)
-    assert sum(t.shape == (64, 32) for t in kept) == 1
+        y = reweighted_linear(**inputs)
+    assert [t.data_ptr() for t in kept if t.shape == (64, 32)] == [y.data_ptr()]
+
+
+@pytest.mark.parametrize("lead", [(), (2,)])
+def test_kept_values_are_not_trusted_once_the_output_was_written_to(lead: tuple[int, ...]) -> None:
+    inputs = tensors((*lead, 3, 4), 5, 2)
+    leaves = [*trained(inputs).values()]
+    y = reweighted_linear(**inputs)
+    found = torch.autograd.grad(y.mul_(2.0).sum(), leaves)
+    expected = torch.autograd.grad((reweighted_linear_reference(**inputs) * 2.0).sum(), leaves)
+    torch.testing.assert_close(found, expected)

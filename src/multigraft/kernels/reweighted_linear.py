@@ -6,8 +6,9 @@
 
 x: (..., in)   W: (out, in)   b: (out,)   A: (rank, in)   B: (out, rank)   m, n: (out,)
 
-n is a constant to all gradients. Saved are x, u and s: what else is as wide as y is written where
-it is needed and read at once.
+n is a constant to all gradients. Saved are x, s and one tensor as wide as y: u, or on a CPU y,
+which lies where u lay and which others often keep as well. Somebody may write to y meanwhile; its
+count of changes tells, and u is computed again.
 """
 
 from __future__ import annotations
@@ -84,7 +85,18 @@ def _scaled(u: Tensor, g: Tensor, bias: Tensor | None) -> Tensor:
     return y.to(u.dtype)
 
 
+def _tells_u(y: Tensor, m: Tensor) -> bool:
+    """Whether y will do in u's place: it is precise, and no feature of it is multiplied by zero.
+
+    Elsewhere than on a CPU the answer would have to be waited for.
+    """
+    is_plain = y.device.type == "cpu" and not torch._C._are_functorch_transforms_active()
+    return is_plain and y.dtype.itemsize >= 4 and bool(m.all())
+
+
 class _ReweightedLinear(Node):
+    """Outputs: y, s, g, n, and u where y does not tell it."""
+
     generate_vmap_rule = True
 
     @staticmethod
@@ -101,31 +113,44 @@ class _ReweightedLinear(Node):
         u, s = _product(x, W, A, B, scale)
         n = norm()
         g = m / n
-        return _scaled(u, g, bias), u, s, g, n
+        if not _tells_u(u, m):
+            return _scaled(u, g, bias), s, g, n, u
+        y = u.mul_(g)
+        return y if bias is None else y.add_(bias), s, g, n
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, W, _, A, B, ctx.scale, m, _ = inputs
+        x, W, bias, A, B, ctx.scale, m, _ = inputs
+        y, s, g, n, *u = output
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # of u: zeros as wide as y
-        ctx.save_for_backward(x, W, A, B, m, *output[1:])
+        ctx.seen = None if u else _Seen(y)
+        # Not y itself: autograd would refuse the backward pass once somebody has written to it.
+        ctx.save_for_backward(x, W, bias, A, B, m, s, g, n, *(u or (y.data,)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        x, W, A, B, m, u, s, g, n = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        x, W, bias, A, B, m, s, g, n, wide = ctx.saved_tensors
+        is_changed = ctx.seen is not None and ctx.seen.is_changed
+        if torch.is_grad_enabled() or is_changed:
             # To autograd, what was kept is no function of the inputs, as second gradients need it.
             (u, s), g = _product(x, W, A, B, ctx.scale), m / n
+        else:
+            u = wide
         dy = grads[0]
         needs_x, _, _, needs_A, needs_B, _, needs_m, _ = ctx.needs_input_grad
-        dx = dA = dB = dm = wide = None
+        dx = dA = dB = dm = own = None
         if needs_m:
-            wide = dy * u
-            dm = wide.sum(0, dtype=g.dtype) / n
-        if wide is None or torch.is_grad_enabled():
+            own = dy * u
+            dm = own.sum(0, dtype=g.dtype)
+            if u is wide and ctx.seen is not None:
+                dm = (dm if bias is None else dm - bias * dy.sum(0)) / m
+            else:
+                dm = dm / n
+        if own is None or torch.is_grad_enabled():
             du = (dy * g).to(dy.dtype)
         else:
-            du = torch.mul(dy, g, out=wide)
+            du = torch.mul(dy, g, out=own)
         # Narrow products with the narrow side first: several times faster on a CPU.
         ds = torch.mm(B.T, du.T) * ctx.scale
         if needs_x:
@@ -135,3 +160,17 @@ class _ReweightedLinear(Node):
         if needs_B:
             dB = (torch.mm(s.T, du) * ctx.scale).T
         return dx, None, None, dA, dB, None, dm, None
+
+
+class _Seen:
+    """A tensor's count of changes, without its memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.twin = tensor.detach()  # which has the same count
+        self.twin.data = tensor.new_empty(0)
+        self.count = self.twin._version
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether somebody has written to the tensor since."""
+        return bool(self.twin._version != self.count)
