@@ -183,7 +183,7 @@ def test_doing_it_twice_or_to_a_model_without_adapters_is_refused():
         keep_cold_on_cpu(nn.Linear(2, 2), 1)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="moves memory to and from a GPU")
+@pytest.mark.gpu
 @torch.no_grad()
 def test_on_a_gpu_outputs_stay_and_cold_adapters_are_on_the_cpu():
     model = bank("cuda")
