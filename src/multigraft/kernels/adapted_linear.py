@@ -113,11 +113,8 @@ def adapted_linears(
         )[0]
     else:
         node = _Traced if is_traced else _AdaptedLinears
-        if isinstance(dropped, Seeded):
-            seen, mask, kept = None, *dropped
-        else:
-            seen, mask, kept = dropped or (None, None, 1.0)
-        found = node.apply(layout, x, seen, mask, kept, *tensors)
+        how = (None, *dropped) if isinstance(dropped, Seeded) else dropped or (None, None, 1.0)
+        found = node.apply(layout, x, *how, *tensors)
         flat = found[-layout.layers :]
     if x.dim() == 2:
         return list(flat)
