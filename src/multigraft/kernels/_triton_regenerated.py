@@ -6,7 +6,7 @@ What it reads of x is multiplied by the mask on the way, so x is read once and n
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -32,7 +32,7 @@ SPLITS = 16
 
 
 @triton.jit
-def _kept(row: Any, column: Any, width: Any, seed: Any, threshold: Any) -> Any:
+def _kept(row, column, width, seed, threshold):
     """Whether the elements at these rows and columns are kept."""
     h = (row * width + column).to(tl.uint32) ^ seed
     h = (h ^ (h >> 16)) * 0x7FEB352D
@@ -42,9 +42,9 @@ def _kept(row: Any, column: Any, width: Any, seed: Any, threshold: Any) -> Any:
 
 @triton.jit
 def _shrink(
-    X: Any, A: Any, S: Any, SEED: Any, tokens: Any, width: Any, rank: Any, threshold: Any,
-    scale: Any, R: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr,
-) -> None:  # fmt: skip
+    X, A, S, SEED, tokens, width, rank, threshold, scale,
+    R: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
     row = (tl.program_id(0) * BT + tl.arange(0, BT))[:, None]
     r = tl.arange(0, R)[:, None]
     seed = tl.load(SEED).to(tl.uint32)
@@ -64,9 +64,9 @@ def _shrink(
 
 @triton.jit
 def _factor_gradient(
-    DS: Any, X: Any, PARTS: Any, SEED: Any, tokens: Any, width: Any, rank: Any, threshold: Any,
-    scale: Any, share: Any, R: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr,
-) -> None:  # fmt: skip
+    DS, X, PARTS, SEED, tokens, width, rank, threshold, scale, share,
+    R: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
     column = (tl.program_id(0) * BW + tl.arange(0, BW))[None, :]
     r = tl.arange(0, R)[None, :]
     seed = tl.load(SEED).to(tl.uint32)
@@ -87,9 +87,9 @@ def _factor_gradient(
 
 @triton.jit
 def _input_gradient(
-    DS: Any, A: Any, DX: Any, SEED: Any, tokens: Any, width: Any, rank: Any, threshold: Any,
-    scale: Any, R: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr,
-) -> None:  # fmt: skip
+    DS, A, DX, SEED, tokens, width, rank, threshold, scale,
+    R: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
     row = (tl.program_id(0) * BT + tl.arange(0, BT))[:, None]
     column = (tl.program_id(1) * BW + tl.arange(0, BW))[None, :]
     r = tl.arange(0, R)
