@@ -88,6 +88,15 @@ def test_what_the_adapter_copies_whole_is_not_repeated(home: Path):
     assert f"{HEAD}weight" in state
 
 
+@pytest.mark.parametrize("target", ["q_proj", "embed_tokens"])
+def test_a_gathered_state_dict_gives_the_matrices(home: Path, target: str):
+    model = adapted(base(home), target)
+    gathered = {key: torch.full_like(value, 2.0) for key, value in model.state_dict().items()}
+    state = get_peft_model_state_dict(model, state_dict=gathered, save_embedding_layers=True)
+    assert {k for k in state if k.startswith(EMBEDDING)}
+    assert all(bool((value == 2.0).all()) for value in state.values())
+
+
 def test_nothing_is_fetched_and_an_unknown_base_counts_as_it_is(tmp_path: Path, monkeypatch: Any):
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
     model = build(llama)

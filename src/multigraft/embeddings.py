@@ -23,10 +23,16 @@ from multigraft.storage import slot_of
 from multigraft.survey import Spot, survey
 
 
-def embedding_tensors(roster: Roster, adapter: str, choice: str | bool) -> dict[str, Tensor]:
+def embedding_tensors(
+    roster: Roster,
+    adapter: str,
+    choice: str | bool,
+    gathered: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
     """The base's embedding matrices that go with an adapter, by key relative to the base model.
 
     Args:
+        gathered: a state dict of the base model to take the values from (sharded training).
         choice: True for those that the adapter adapts, or all when it adapts none; ``"auto"`` for
             all when the vocabulary was resized; False for none.
 
@@ -45,7 +51,7 @@ def embedding_tensors(roster: Roster, adapter: str, choice: str | bool) -> dict[
             MultigraftWarning,
             stacklevel=5,
         )
-    found = dict(_embeddings(roster, adapter))
+    found = dict(_embeddings(roster, adapter, gathered or {}))
     adapted = {key: value for key, value in found.items() if ".base_layer." in key}
     if not found:
         warnings.warn(
@@ -143,7 +149,9 @@ def was_resized(model: nn.Module, config: PeftConfig) -> bool:
     return then is not None and then != now
 
 
-def _embeddings(roster: Roster, adapter: str) -> Iterator[tuple[str, Tensor]]:
+def _embeddings(
+    roster: Roster, adapter: str, gathered: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
     grafts = [g for _, g in roster.grafts(adapter) if not g.site.parameter]
     own = {id(g.site.layer): g for g in sorted(grafts, key=lambda g: not g.method.rides)}
     spots = {id(s): s for s in _spots(roster.root)}
@@ -157,7 +165,9 @@ def _embeddings(roster: Roster, adapter: str) -> Iterator[tuple[str, Tensor]]:
         if graft is not None and graft.method.kind == "replace":
             continue  # its copy is what the file has
         is_wrapped = graft is not None and not graft.method.rides  # by PEFT, in a layer of its own
-        yield f"{spot.path}.{'base_layer.' * is_wrapped}weight", _weight(spot)
+        live = f"{spot.path}.{'base_layer.' * (spot.wrapper is not None)}weight"
+        value = gathered[live] if live in gathered else _weight(spot)
+        yield f"{spot.path}.{'base_layer.' * is_wrapped}weight", value
 
 
 def _spots(model: nn.Module) -> list[Spot]:

@@ -59,7 +59,7 @@ def files_of(
         config, state = _as_plain(roster, adapter, config, state, Path(initial))
     else:
         _drop_starts(roster, adapter, config, state)
-    return config, state | embedding_tensors(roster, adapter, embeddings)
+    return config, state | embedding_tensors(roster, adapter, embeddings, gathered)
 
 
 def _for_disk(config: PeftConfig, base: nn.Module) -> PeftConfig:

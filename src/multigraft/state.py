@@ -60,7 +60,7 @@ def get_peft_model_state_dict(
     if state_dict is not None:
         gathered = {strip_prefix(key): value for key, value in state_dict.items()}
     state = adapter_state(roster, adapter_name, gathered)
-    state |= embedding_tensors(roster, adapter_name, save_embedding_layers)
+    state |= embedding_tensors(roster, adapter_name, save_embedding_layers, gathered)
     return {full_key(key) if prefix else key: value for key, value in state.items()}
 
 
