@@ -79,12 +79,25 @@ class Memo:
         """
         tensors = [*trained, *frozen]
         if _is_recorded(tensors):
-            return compute()
+            with torch.no_grad():
+                return compute()
         if self._value is not None and self._key == key and self._is_current(trained, tensors):
             return self._value
-        with torch.inference_mode(False), torch.no_grad():  # training must be able to use it later
-            value = compute()
-            self._keep(value, key, trained, tensors)
+        if torch.is_inference_mode_enabled():  # training must be able to use it later
+            with torch.inference_mode(False):
+                return self._made(compute, key, trained, tensors)
+        return self._made(compute, key, trained, tensors)
+
+    @torch.no_grad()
+    def _made(
+        self,
+        compute: Callable[[], Tensor],
+        key: object,
+        trained: Sequence[Tensor],
+        tensors: Sequence[Tensor | None],
+    ) -> Tensor:
+        value = compute()
+        self._keep(value, key, trained, tensors)
         return value
 
     def _keep(

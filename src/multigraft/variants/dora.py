@@ -154,9 +154,14 @@ def _norm(lora: Method, params: Params) -> Tensor:
 
     def compute() -> Tensor:
         W = lora.site.weight()
-        with torch.autocast(W.device.type, enabled=False):
-            own = norms.own.get(lambda: _square(lora, W), frozen=stored)
-            return _adapted_norm(lora, params, W, own)
+        if torch.is_autocast_enabled(W.device.type):
+            with torch.autocast(W.device.type, enabled=False):
+                return whole(W)
+        return whole(W)
+
+    def whole(W: Tensor) -> Tensor:
+        own = norms.own.get(lambda: _square(lora, W), frozen=stored)
+        return _adapted_norm(lora, params, W, own)
 
     return norms.whole.get(compute, trained, stored, lora.scaling)
 
@@ -183,12 +188,14 @@ def _square(lora: Method, W: Tensor) -> Tensor:
 @torch.no_grad()
 def _adapted_norm(lora: Method, params: Params, W: Tensor, own: Tensor) -> Tensor:
     layer, geometry = lora.site.layer, lora.geometry
-    A, B = geometry.pairs(layer, *_factors(lora, params))
+    A, B = _factors(lora, params)
     dtype = torch.promote_types(torch.promote_types(A.dtype, W.dtype), torch.float32)
     A, B, s = A.to(dtype), B.to(dtype), lora.scaling
-    stack = geometry.as_matrices(layer, W)
-    found = [_row_norms(M, a, b, w, s) for M, a, b, w in zip(stack, A, B, own, strict=True)]
-    return found[0][None] if len(found) == 1 else torch.stack(found)
+    if geometry.count(layer) is None:
+        M = geometry.as_matrix(layer, W)
+        return _row_norms(M, A.flatten(1), B.flatten(1), own[0], s)[None]
+    each = zip(geometry.as_matrices(layer, W), *geometry.pairs(layer, A, B), own, strict=True)
+    return torch.stack([_row_norms(*one, s) for one in each])
 
 
 def _row_norms(M: Tensor, A: Tensor, B: Tensor, own: Tensor, s: float) -> Tensor:
