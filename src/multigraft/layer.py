@@ -26,8 +26,9 @@ from multigraft.errors import NestingError, RoutingError, StateError
 from multigraft.facade import LayerFacade
 from multigraft.fused import fused
 from multigraft.graft import Graft
-from multigraft.kernels import IS_TRACED, MANY_TOKENS
+from multigraft.kernels import IS_TRACED
 from multigraft.mixed import run_rows
+from multigraft.siblings import MANY_TOKENS
 from multigraft.storage import storage_of
 
 if TYPE_CHECKING:

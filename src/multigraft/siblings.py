@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from multigraft.layer import AdaptedLayer
     from multigraft.routing import Route
 
+MANY_TOKENS = 1024
+"""From so many tokens on, inference gains by one narrow product what stacking its factors costs."""
 COMPANIES = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from multigraft.kernels.adapted_linear import (
-    MANY_TOKENS,
     Dropped,
     adapted_linear,
     adapted_linear_reference,
@@ -32,7 +31,7 @@ def make(
 
 @pytest.mark.parametrize("device", DEVICES)
 @given(
-    lead=st.sampled_from([(), (1,), (7,), (2, 3), (MANY_TOKENS,), (2, 3, 2)]),
+    lead=st.sampled_from([(), (1,), (7,), (2, 3), (1024,), (2, 3, 2)]),
     in_=st.integers(1, 9),
     out=st.integers(1, 9),
     rank=st.integers(1, 5),
@@ -65,7 +64,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("tokens", [5, MANY_TOKENS])
+@pytest.mark.parametrize("tokens", [5, 1024])
 def test_rounding_is_no_worse_than_part_by_part(
     device: str, dtype: torch.dtype, tokens: int
 ) -> None:

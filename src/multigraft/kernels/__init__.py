@@ -1,7 +1,6 @@
 """Low-rank operators on plain tensors. This package imports nothing else of ours."""
 
 from multigraft.kernels.adapted_linear import (
-    MANY_TOKENS,
     Dropped,
     Seeded,
     adapted_linear,
@@ -18,7 +17,6 @@ from multigraft.kernels.routed import grouped, masked
 
 __all__ = [
     "IS_TRACED",
-    "MANY_TOKENS",
     "Dropped",
     "Part",
     "Seeded",

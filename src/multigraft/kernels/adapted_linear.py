@@ -32,8 +32,6 @@ from multigraft.kernels.regenerated import (
     keeps,
 )
 
-MANY_TOKENS = 1024
-"""From so many tokens on, writing the narrow product first saves a pass over y."""
 FEW_TOKENS = 16
 """Below, what a product costs is not its arithmetic."""
 
@@ -98,8 +96,8 @@ def adapted_linears(
         stack: the layers' factors as they are now, where no gradient is wanted.
     """
     is_one = len(parts) == 1 and len(parts[0].A) == 1 and dropped is None
-    if is_one and x.numel() < MANY_TOKENS * x.shape[-1] and not torch.is_grad_enabled():
-        return [_few(x, parts[0])]
+    if is_one and not torch.is_grad_enabled():
+        return [_single(x, parts[0])]
     layout = layout_for(parts)
     tensors: list[Tensor | None] = []
     for part in parts:
@@ -116,21 +114,29 @@ def adapted_linears(
         how = (None, *dropped) if isinstance(dropped, Seeded) else dropped or (None, None, 1.0)
         found = node.apply(layout, x, *how, *tensors)
         flat = found[-layout.layers :]
-    if x.dim() == 2:
-        return list(flat)
     lead = x.shape[:-1]
+    if flat[0].shape[:-1] == lead:
+        return list(flat)
     # Viewed out here: what a node gives as a view, nobody may write to.
     return [y.view(*lead, y.shape[-1]) for y in flat]
 
 
-def _few(x: Tensor, part: Part) -> Tensor:
-    """One layer and one adapter on few tokens, without gradients: every microsecond counts."""
+def _single(x: Tensor, part: Part) -> Tensor:
+    """One layer and one adapter without gradients: for few tokens every microsecond counts."""
     W, bias, (A,), (B,), (scale,) = part
     if A.dtype != x.dtype:
         A, B = A.to(x.dtype), B.to(x.dtype)
-    y, s = F.linear(x, W, bias), F.linear(x, A)
-    y.view(-1, y.shape[-1]).addmm_(s.view(-1, s.shape[-1]), B.T, alpha=scale)
-    return y
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    y = _begun(bias, torch.mm(flat, A.T), B.T, scale).addmm_(flat, W.T)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _begun(bias: Tensor | None, s: Tensor, right: Tensor, scale: float) -> Tensor:
+    """What the base's product is accumulated onto: the narrow one, and the bias if there is one.
+
+    In this order, because the sum of the two is rounded once.
+    """
+    return _scaled(s, right, scale) if bias is None else _accumulate(bias, s, right, scale)
 
 
 def _forward(
@@ -141,24 +147,18 @@ def _forward(
     tensors: Sequence[Tensor | None],
     seeded: Seeded | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Each layer's output ``(tokens, out)``, and s."""
+    """Each layer's output, ``(tokens, out)`` or ``(adapters, tokens of each, out)``, and s."""
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     s = _narrow(layout, seen, stack.A, seeded)
-    few = layout.adapters == 1 and flat.shape[0] < MANY_TOKENS
     ys = []
     for i, (start, rank) in enumerate(layout.columns):
         W, bias = tensors[i * layout.size : i * layout.size + 2]
         assert W is not None
         own = s if layout.layers == 1 else s.narrow(-1, start, rank)
         right, scale = stack.Bs[i].mT, layout.scale[i]
-        if few:
-            ys.append(F.linear(flat, W, bias).addmm_(own, right, alpha=scale))
-            continue
-        if bias is None:
-            y = _scaled(own, right, scale)
-        else:
-            y = _accumulate(bias, own, right, scale)
-        ys.append(y.view(flat.shape[0], -1).addmm_(flat, W.T))
+        y = _begun(bias, own, right, scale)
+        (y if y.dim() == 2 else y.view(-1, y.shape[-1])).addmm_(flat, W.T)
+        ys.append(y)
     return ys, s
 
 
@@ -204,7 +204,12 @@ class _AdaptedLinears(Node):
         # The biases are not needed; their places stay empty.
         held = list(tensors)
         held[1 :: layout.size] = [None] * layout.layers
-        ctx.save_for_backward(seen if ctx.is_apart else x, mask, *inner, *held)
+        # Without a gradient of any A, x has done its work (LoRA-FA).
+        ctx.dtype = x.dtype
+        needs = ctx.needs_input_grad[5:]
+        needs_A = any(any(needs[i + 2 : i + 2 + layout.adapters]) for i in layout.firsts)
+        read = (seen if ctx.is_apart else x) if needs_A else None
+        ctx.save_for_backward(read, mask, *inner, *held)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -213,6 +218,11 @@ class _AdaptedLinears(Node):
         seen, mask, s, *more = ctx.saved_tensors
         ready, tensors = more[: ctx.stacked], more[ctx.stacked :]
         if torch.is_grad_enabled():
+            if seen is None:
+                raise RuntimeError(
+                    "second gradients through a frozen A need the layer's input, which was not "
+                    "kept; let A take gradients (requires_grad_(True))."
+                )
             # To autograd, what was kept is no function of x and the factors, as second gradients
             # need it.
             stack = layout.stacked(tensors, seen.dtype)
@@ -223,7 +233,7 @@ class _AdaptedLinears(Node):
                 mask, ctx.is_apart, ctx.kept = whole, True, 1.0 / (1.0 - ctx.kept)
             s = _narrow(layout, seen, stack.A)
         else:
-            stack = layout.again(ready, tensors, seen.dtype)
+            stack = layout.again(ready, tensors, ctx.dtype)
         return _gradients(ctx, stack, (seen, mask, s), tensors, dys)
 
 
@@ -281,7 +291,8 @@ def _gradients(
     if needs_x:
         for W, dy in zip(tensors[:: layout.size], dys, strict=True):
             if dy is not None:
-                dx = torch.mm(dy, W) if dx is None else dx.addmm_(dy, W)
+                flat = dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1])
+                dx = torch.mm(flat, W) if dx is None else dx.addmm_(flat, W)
         dx = None if dx is None else dx.view(ctx.shape)
     found = _factor_gradients(layout, dys, ds, s, seen, tensors, needs, seeded)
     return None, dx, dseen if needs_seen else None, None, None, *found

@@ -67,6 +67,8 @@ class Layout:
                 for adapter in range(self.adapters)
             )
         self.size = 2 + 2 * self.adapters
+        self.firsts = range(0, self.layers * self.size, self.size)
+        """Where each layer's tensors begin."""
         self.is_single = self.adapters == self.layers == 1
         self.rows = self.rank * self.adapters
         """Rows of the stacked A that each adapter has at each layer, adapter by adapter."""
