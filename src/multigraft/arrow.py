@@ -13,6 +13,7 @@ from torch import nn
 
 from multigraft.config import PeftConfig, require
 from multigraft.errors import UnsupportedError
+from multigraft.integrations import announce
 from multigraft.methods.lora import LoraConfig
 from multigraft.model import PeftModel
 from multigraft.roster import Roster
@@ -88,8 +89,7 @@ def _all_or_none(roster: Roster) -> Iterator[None]:
         roster.set_active(active)
         for name in [n for n in roster.configs if n not in before]:
             detach(roster, name)
-        if not roster.configs:
-            roster.root.__dict__.pop("peft_config", None)
+        announce(roster)
         raise
 
 

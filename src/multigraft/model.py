@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,13 +18,12 @@ from multigraft.config import PeftConfig
 from multigraft.defaults import save_task_heads
 from multigraft.errors import CheckpointError, RoutingError
 from multigraft.gradients import checkpoints_gradients, let_gradients_in
-from multigraft.keys import strip_prefix
 from multigraft.loading import load_into
 from multigraft.prepare import own_copy
 from multigraft.prompts.facade import PromptFacade
 from multigraft.roster import Roster
 from multigraft.routing import Entry, Route, check_names, check_present
-from multigraft.saving import files_of
+from multigraft.saving import write_adapters
 from multigraft.schedule import penalised
 from multigraft.spans import spans_of_forward, spans_of_generate
 from multigraft.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
@@ -283,24 +281,14 @@ class PeftModel(PromptFacade, nn.Module):
         )
         if not is_main_process:
             return
-        root = Path(save_directory)
-        if root.is_file():
-            raise CheckpointError(f"`save_directory` (={str(root)!r}) is a file, not a directory.")
-        gathered = None
-        if state_dict is not None:
-            gathered = {strip_prefix(key): value for key, value in state_dict.items()}
-        adapters = {}
-        for name in names:
-            adapters[root if name == "default" else root / name] = files_of(
-                self.roster,
-                name,
-                self.get_base_model(),
-                gathered=gathered,
-                embeddings=save_embedding_layers,
-                initial=path_initial_model_for_weight_conversion,
-            )
-        if adapters:
-            checkpoint.save(root, adapters)
+        write_adapters(
+            self.roster,
+            save_directory,
+            names,
+            state_dict=state_dict,
+            embeddings=save_embedding_layers,
+            initial=path_initial_model_for_weight_conversion,
+        )
 
     def load_adapter(
         self,

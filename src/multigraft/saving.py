@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from multigraft.config import PeftConfig
 from multigraft.embeddings import embedding_tensors
 from multigraft.errors import CheckpointError, ConfigError, MultigraftWarning
 from multigraft.graft import Graft
-from multigraft.keys import disk_names
+from multigraft.keys import disk_names, strip_prefix
 from multigraft.methods.contract import Params
 from multigraft.methods.lora import LoRA, LoraConfig
 from multigraft.roster import Roster
@@ -60,6 +60,39 @@ def files_of(
     else:
         _drop_starts(roster, adapter, config, state)
     return config, state | embedding_tensors(roster, adapter, embeddings, gathered)
+
+
+def write_adapters(
+    roster: Roster,
+    directory: Pathlike,
+    names: Iterable[str],
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+    embeddings: str | bool = False,
+    initial: Pathlike | None = None,
+) -> None:
+    """Write adapters: ``default`` into the directory, others into a subfolder each; all or none.
+
+    Args:
+        state_dict: the whole model's gathered state dict, when the model is sharded.
+        embeddings, initial: see `files_of`.
+
+    Raises:
+        CheckpointError: tensors are missing or the disk refuses; old files are unchanged.
+    """
+    root = Path(directory)
+    if root.is_file():
+        raise CheckpointError(f"`save_directory` (={str(root)!r}) is a file, not a directory.")
+    gathered = None
+    if state_dict is not None:
+        gathered = {strip_prefix(key): value for key, value in state_dict.items()}
+    adapters = {}
+    for name in names:
+        adapters[root if name == "default" else root / name] = files_of(
+            roster, name, roster.root, gathered=gathered, embeddings=embeddings, initial=initial
+        )
+    if adapters:
+        checkpoint.save(root, adapters)
 
 
 def _for_disk(config: PeftConfig, base: nn.Module) -> PeftConfig:
@@ -104,7 +137,7 @@ def _drop_starts(
             "set to say that it does not: its file means another output. Save it with "
             "path_initial_model_for_weight_conversion= to convert it to plain LoRA.",
             MultigraftWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

@@ -17,6 +17,7 @@ from multigraft import merge as merging
 from multigraft.combine.facade import Combines
 from multigraft.config import PeftConfig, TargetedConfig
 from multigraft.errors import MultigraftWarning, StateError, UnsupportedError
+from multigraft.integrations import announce
 from multigraft.keys import sites_in
 from multigraft.layer import AdaptedLayer
 from multigraft.methods import METHODS
@@ -133,7 +134,7 @@ class Tuner(StepByStep, Combines, nn.Module):
                 raise
         if config.inference_mode or name not in self.roster.active:
             self.roster.set_requires_grad([name], False)
-        self._announce()
+        announce(self.roster)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make exactly these adapters active and trainable (unless ``inference_mode``).
@@ -194,7 +195,7 @@ class Tuner(StepByStep, Combines, nn.Module):
             merging.unmerge(self.roster, [name])
         self.roster.set_active(active)
         detach(self.roster, name)
-        self._announce()
+        announce(self.roster)
         if was_only and active:
             warnings.warn(
                 f"`{name}` was the active adapter; `{active[0]}` is active now.",
@@ -314,7 +315,7 @@ class Tuner(StepByStep, Combines, nn.Module):
         self.roster.active = ()
         for name in list(self.roster.configs):
             detach(self.roster, name)
-        self._announce()
+        announce(self.roster)
         return self.model
 
     def _warn_of_merged(self, to_be_trained: Sequence[str]) -> None:
@@ -326,13 +327,6 @@ class Tuner(StepByStep, Combines, nn.Module):
                 MultigraftWarning,
                 stacklevel=3,
             )
-
-    def _announce(self) -> None:
-        """`model.peft_config` on the base model, which other packages read; gone with the last."""
-        if self.roster.configs:
-            self.model.__dict__["peft_config"] = self.roster.configs
-        else:
-            self.model.__dict__.pop("peft_config", None)
 
     def __getattr__(self, name: str) -> Any:
         try:

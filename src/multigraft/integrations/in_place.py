@@ -1,0 +1,151 @@
+"""A transformers model that was adapted in place, in transformers' words.
+
+`PreTrainedModel` has methods of its own for adapters, which look for PEFT's layers, and a flag by
+which it saves adapters rather than itself. While a model has our adapters, the model object itself
+carries the flag and methods of the same names that mean ours; its class stays as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from multigraft.config import PeftConfig
+from multigraft.errors import UnsupportedError
+from multigraft.roster import Roster
+from multigraft.saving import write_adapters
+
+if TYPE_CHECKING:
+    from multigraft.checkpoint import LoadReport
+    from multigraft.tuner import Tuner
+
+FLAG = "_hf_peft_config_loaded"
+
+
+def offer(roster: Roster) -> None:
+    """Put the flag and the methods on the base model, if it is one of transformers'."""
+    seen = roster.root.__dict__
+    if not any(roster.layers.values()):  # prompts act at a handle, and the base is as it was
+        withdraw(roster.root)
+    elif FLAG not in seen and _is_of_transformers(roster.root):
+        seen[FLAG] = True
+        seen.update({name: partial(method, roster) for name, method in METHODS.items()})
+
+
+def withdraw(model: nn.Module) -> None:
+    """Take them off."""
+    if isinstance(model.__dict__.get("save_pretrained"), partial):
+        for name in (FLAG, *METHODS):
+            model.__dict__.pop(name, None)
+
+
+def _is_of_transformers(model: nn.Module) -> bool:
+    module = sys.modules.get("transformers.modeling_utils")  # an unloaded class has no instance
+    return module is not None and isinstance(model, module.PreTrainedModel)
+
+
+def _tuner(roster: Roster) -> Tuner:
+    from multigraft.tuner import Tuner
+
+    return Tuner(roster.root)
+
+
+def _save_pretrained(
+    roster: Roster,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+    push_to_hub: bool = False,
+    save_embedding_layers: str | bool = "auto",
+    **kwargs: Any,
+) -> None:
+    """Save the adapters as `PeftModel.save_pretrained` does; never the base.
+
+    Raises:
+        CheckpointError: tensors are missing or the disk refuses; old files are unchanged.
+        UnsupportedError: ``push_to_hub`` is asked for.
+    """
+    if push_to_hub:
+        raise UnsupportedError(
+            "`push_to_hub` (=True): a model that was adapted in place is saved here and pushed "
+            "apart. Call model.push_to_hub(name), which uploads its adapters."
+        )
+    if is_main_process:
+        write_adapters(
+            roster,
+            save_directory,
+            roster.names(),
+            state_dict=state_dict,
+            embeddings=save_embedding_layers,
+        )
+
+
+def _load_adapter(
+    roster: Roster,
+    peft_model_id: str | os.PathLike[str],
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    **options: Any,
+) -> LoadReport:
+    from multigraft.loading import load_into
+
+    tuner = _tuner(roster)
+    return load_into(
+        tuner, peft_model_id, adapter_name, is_trainable=is_trainable, activate=True, **options
+    )
+
+
+def _add_adapter(roster: Roster, adapter_config: PeftConfig, adapter_name: str = "default") -> None:
+    from multigraft.tuner import inject_adapter_in_model
+
+    inject_adapter_in_model(adapter_config, roster.root, adapter_name)
+
+
+def _set_adapter(roster: Roster, adapter_name: str | Sequence[str]) -> None:
+    _tuner(roster).set_adapter(adapter_name)
+
+
+def _delete_adapter(roster: Roster, adapter_names: str | Sequence[str]) -> None:
+    tuner = _tuner(roster)
+    for name in roster.require(adapter_names):
+        tuner.delete_adapter(name)
+
+
+def _enable_adapters(roster: Roster) -> None:
+    _tuner(roster).enable_adapter_layers()
+
+
+def _disable_adapters(roster: Roster) -> None:
+    _tuner(roster).disable_adapter_layers()
+
+
+def _active_adapters(roster: Roster) -> list[str]:
+    return list(roster.active)
+
+
+def _get_adapter_state_dict(
+    roster: Roster,
+    adapter_name: str | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    from multigraft.state import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(roster.root, state_dict, adapter_name or roster.first_active)
+
+
+METHODS: dict[str, Callable[..., Any]] = {
+    "active_adapters": _active_adapters,
+    "add_adapter": _add_adapter,
+    "delete_adapter": _delete_adapter,
+    "disable_adapters": _disable_adapters,
+    "enable_adapters": _enable_adapters,
+    "get_adapter_state_dict": _get_adapter_state_dict,
+    "load_adapter": _load_adapter,
+    "save_pretrained": _save_pretrained,
+    "set_adapter": _set_adapter,
+}
