@@ -4,7 +4,13 @@ The names are PEFT's, so that ``from peft import ...`` becomes ``from multigraft
 """
 
 from multigraft.arrow import create_arrow_model
-from multigraft.auto import get_peft_model
+from multigraft.auto import (
+    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    get_peft_config,
+    get_peft_model,
+)
+from multigraft.base_state import get_base_model_state_dict, set_base_model_state_dict
 from multigraft.calibration.corda import preprocess_corda
 from multigraft.calibration.eva import get_eva_state_dict, initialize_lora_eva_weights
 from multigraft.calibration.loftq import replace_lora_weights_loftq
@@ -23,6 +29,9 @@ from multigraft.errors import (
     MultigraftError,
     MultigraftWarning,
     NestingError,
+    NoMatchingPeftModuleError,
+    PeftError,
+    PeftWarning,
     RoutingError,
     StateError,
     TargetError,
@@ -35,8 +44,10 @@ from multigraft.initialisations.loftq import LoftQConfig
 from multigraft.initialisations.lora_ga import LoraGAConfig
 from multigraft.inspection import diff, inspect, targets, verify
 from multigraft.kappa import find_kappa_target_modules
-from multigraft.kbit import prepare_model_for_kbit_training
+from multigraft.kbit import cast_mixed_precision_params, prepare_model_for_kbit_training
+from multigraft.kinds import BaseTunerLayer, LoraLayer
 from multigraft.layer import AdaptedLayer
+from multigraft.loading import load_peft_weights
 from multigraft.methods.adalora import AdaLoraConfig
 from multigraft.methods.hira import HiraConfig
 from multigraft.methods.ia3 import IA3Config
@@ -65,6 +76,20 @@ from multigraft.tasks import (
     PeftModelForTokenClassification,
 )
 from multigraft.tuner import inject_adapter_in_model
+from multigraft.tuner_classes import (
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+    AdaLoraModel,
+    HiraModel,
+    IA3Model,
+    LNTuningModel,
+    LoHaModel,
+    LoKrModel,
+    LoraModel,
+    OFTModel,
+    TrainableTokensModel,
+    VeraModel,
+)
 from multigraft.variants import LoraRuntimeConfig
 from multigraft.variants.arrow import ArrowConfig
 from multigraft.variants.bdlora import BdLoraConfig
@@ -76,10 +101,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaLoraConfig",
+    "AdaLoraModel",
     "AdaptedLayer",
     "AdapterNameError",
     "AdaptionPromptConfig",
     "ArrowConfig",
+    "BaseTunerLayer",
     "BdLoraConfig",
     "CheckpointError",
     "ConfigError",
@@ -88,23 +115,37 @@ __all__ = [
     "EvaConfig",
     "Extraction",
     "HiraConfig",
+    "HiraModel",
     "IA3Config",
+    "IA3Model",
     "KasaConfig",
     "LNTuningConfig",
+    "LNTuningModel",
     "LoHaConfig",
+    "LoHaModel",
     "LoKrConfig",
+    "LoKrModel",
     "LoftQConfig",
     "LoraConfig",
     "LoraGAConfig",
+    "LoraLayer",
+    "LoraModel",
     "LoraRuntimeConfig",
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "MergeError",
     "MissingExtraError",
     "MontecloraConfig",
     "MultigraftError",
     "MultigraftWarning",
     "NestingError",
+    "NoMatchingPeftModuleError",
     "OFTConfig",
+    "OFTModel",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
     "PeftConfig",
+    "PeftError",
     "PeftMixedModel",
     "PeftModel",
     "PeftModelForCausalLM",
@@ -114,6 +155,7 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "PeftWarning",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptEncoderReparameterizationType",
@@ -125,30 +167,37 @@ __all__ = [
     "TargetError",
     "TaskType",
     "TrainableTokensConfig",
+    "TrainableTokensModel",
     "TrainingError",
     "UnsupportedError",
     "VeloraConfig",
     "VeraConfig",
+    "VeraModel",
     "__version__",
+    "cast_mixed_precision_params",
     "convert_to_lora",
     "create_arrow_model",
     "diff",
     "doctor",
     "extract_lora",
     "find_kappa_target_modules",
+    "get_base_model_state_dict",
     "get_eva_state_dict",
     "get_layer_status",
     "get_model_status",
+    "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
     "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "inspect",
+    "load_peft_weights",
     "prepare_model_for_kbit_training",
     "preprocess_corda",
     "preprocess_loraga",
     "replace_lora_weights_loftq",
     "save_as_lora",
+    "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "targets",
     "verify",

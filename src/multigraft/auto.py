@@ -1,11 +1,15 @@
-"""From a config to the class that serves its task, and `get_peft_model`."""
+"""From a config to the class that serves its task, and `get_peft_model`; PEFT's tables of both."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
 from multigraft import tasks
-from multigraft.config import PeftConfig, TaskType
+from multigraft.config import CONFIGS, PeftConfig, PeftType, TaskType
+from multigraft.errors import ConfigError
 from multigraft.model import PeftModel
 from multigraft.prepare import own_copy
 
@@ -17,6 +21,41 @@ TASK_CLASSES: dict[str, type[PeftModel]] = {
     TaskType.SEQ_CLS: tasks.PeftModelForSequenceClassification,
     TaskType.TOKEN_CLS: tasks.PeftModelForTokenClassification,
 }
+
+
+class ConfigsByType(Mapping[PeftType, type[PeftConfig]]):
+    """Every method's config class by its ``peft_type``, those of one's own methods among them."""
+
+    def __getitem__(self, key: PeftType) -> type[PeftConfig]:
+        if key not in CONFIGS:
+            raise KeyError(key)
+        return CONFIGS[str(key)]
+
+    def __iter__(self) -> Iterator[PeftType]:
+        return map(PeftType, CONFIGS)
+
+    def __len__(self) -> int:
+        return len(list(CONFIGS))
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING = ConfigsByType()
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING = TASK_CLASSES
+"""PEFT's name for `TASK_CLASSES`."""
+
+
+def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:
+    """The config that these values describe, of the class that their ``peft_type`` names.
+
+    Files are read by `PeftConfig.from_pretrained`, which keeps keys that it does not know.
+
+    Raises:
+        ConfigError: ``peft_type`` is missing, or a value is not allowed.
+        UnsupportedError: ``peft_type`` names a method that we do not have.
+        TypeError: a key is no field of the config.
+    """
+    if config_dict.get("peft_type") is None:
+        raise ConfigError("`config_dict` has no `peft_type`, which says what it is the config of.")
+    return CONFIGS[str(config_dict["peft_type"])](**config_dict)
 
 
 def class_for(config: PeftConfig) -> type[PeftModel]:

@@ -79,6 +79,12 @@ class MultigraftWarning(UserWarning):
     """Something the caller may want to act on; nothing was refused."""
 
 
+PeftError = MultigraftError
+PeftWarning = MultigraftWarning
+NoMatchingPeftModuleError = TargetError
+"""PEFT's names for the above, for scripts that catch them."""
+
+
 def close_to(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
     """Those of ``known`` that are spelt most like ``name``, nearest first."""
     spellings: dict[str, list[str]] = {}

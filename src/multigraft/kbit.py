@@ -71,6 +71,23 @@ def prepare_model_for_kbit_training(
     return model
 
 
+def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
+    """Store what is frozen in ``dtype`` and what trains in float32, for mixed-precision training.
+
+    Quantised weights and integers stay as they are stored.
+
+    Args:
+        dtype: `torch.float16` or `torch.bfloat16`, whichever autocast is to use.
+    """
+    with torch.no_grad():
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.dtype.is_floating_point:
+                    to = torch.float32 if parameter.requires_grad else dtype
+                    if parameter.dtype != to and storage_of(module, name).is_exact:
+                        parameter.data = parameter.data.to(to)
+
+
 def _formats(model: nn.Module) -> set[str]:
     """Names of the formats that quantised weights are stored in, none for a plain model.
 

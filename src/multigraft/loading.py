@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from multigraft import checkpoint
@@ -15,7 +16,7 @@ from multigraft.config import CONFIG_NAME, PeftConfig
 from multigraft.containers import check_name
 from multigraft.embeddings import take_embeddings
 from multigraft.errors import CheckpointError, MultigraftWarning, StateError
-from multigraft.keys import placed
+from multigraft.keys import full_key, placed
 from multigraft.per_expert import PerExpert
 from multigraft.prepare import Prepared, own_copy, prepare
 from multigraft.reading import shown
@@ -46,6 +47,30 @@ def read_config(
             options["subfolder"] = inside[0]
     where = {k: v for k, v in options.items() if k in (*HUB_OPTIONS, "subfolder")}
     return PeftConfig.from_pretrained(source, **where), options
+
+
+def load_peft_weights(
+    model_id: str | os.PathLike[str],
+    device: str | torch.device | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    **hub: Any,
+) -> dict[str, Tensor]:
+    """An adapter's tensors by their names on disk, from a directory or the hub.
+
+    Args:
+        device: where they go; to the accelerator by default, if there is one.
+        key_mapping: regular expressions to replacements, for keys without their prefix.
+        hub: `revision`, `subfolder`, `token` and others; ``allow_pickle=True`` for old files.
+
+    Raises:
+        CheckpointError: there are none, or they are damaged.
+    """
+    allow_pickle = bool(hub.pop("allow_pickle", False))
+    path = checkpoint.locate_weights(model_id, **hub)
+    tensors = checkpoint.rename(checkpoint.read(path, allow_pickle=allow_pickle), key_mapping)
+    if device is None:
+        device = torch.accelerator.current_accelerator() or "cpu"
+    return {full_key(key): tensor.to(device) for key, tensor in tensors.items()}
 
 
 def load_into(

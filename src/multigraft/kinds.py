@@ -1,0 +1,122 @@
+"""What `isinstance` is asked of an adapted layer by scripts written for PEFT.
+
+PEFT has a class of layers for each method. Here one wrapper holds adapters of any methods, so these
+classes are questions rather than types: ``isinstance(layer, LoraLayer)`` is whether an adapter of
+that kind is there now. None of them can be made; `multigraft.wrap` alone makes adapted layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from multigraft.graft import Graft
+from multigraft.layer import AdaptedLayer
+from multigraft.methods.saved_module import SavedModule
+
+
+class Asked(type):
+    """The type of a class whose instances are the layers of which its `serves` says so."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        if type.__instancecheck__(cls, instance):
+            return True
+        return isinstance(instance, AdaptedLayer) and any(
+            cls.serves(graft)  # type: ignore[attr-defined]
+            for graft in instance.all_grafts()
+        )
+
+
+class Question(metaclass=Asked):
+    """Base of these classes; `serves` is what each asks."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        raise TypeError(
+            f"{type(self).__name__} is for isinstance() only. Add adapters with get_peft_model() or "
+            "model.add_adapter()."
+        )
+
+    @classmethod
+    def serves(cls, graft: Graft) -> bool:
+        """Whether this adapter's part of a layer makes the layer one of these."""
+        raise TypeError(f"{cls.__name__} asks nothing.")
+
+
+class BaseTunerLayer(Question):
+    """A layer on which an adapter's method acts; not one that is only saved or trained beside."""
+
+    methods: ClassVar[frozenset[str]] = frozenset()
+    """The methods that make a layer one of these; all, where none is named."""
+
+    @classmethod
+    def serves(cls, graft: Graft) -> bool:
+        """Whether it is of one of the class's methods."""
+        return not graft.method.rides and (not cls.methods or graft.method.name in cls.methods)
+
+
+class LoraLayer(BaseTunerLayer):
+    """A layer with a LoRA of any variant, or an AdaLoRA."""
+
+    methods = frozenset({"LORA", "ADALORA"})
+
+
+class AdaLoraLayer(LoraLayer):
+    """A layer with an AdaLoRA."""
+
+    methods = frozenset({"ADALORA"})
+
+
+class HiraLayer(BaseTunerLayer):
+    """A layer with a HiRA."""
+
+    methods = frozenset({"HIRA"})
+
+
+class IA3Layer(BaseTunerLayer):
+    """A layer with an IA3."""
+
+    methods = frozenset({"IA3"})
+
+
+class LNTuningLayer(BaseTunerLayer):
+    """A norm of which an adapter trains its own copy."""
+
+    methods = frozenset({"LN_TUNING"})
+
+
+class LoHaLayer(BaseTunerLayer):
+    """A layer with a LoHa."""
+
+    methods = frozenset({"LOHA"})
+
+
+class LoKrLayer(BaseTunerLayer):
+    """A layer with a LoKr."""
+
+    methods = frozenset({"LOKR"})
+
+
+class OFTLayer(BaseTunerLayer):
+    """A layer with an OFT."""
+
+    methods = frozenset({"OFT"})
+
+
+class TrainableTokensLayer(BaseTunerLayer):
+    """An embedding with an adapter of single tokens."""
+
+    methods = frozenset({"TRAINABLE_TOKENS"})
+
+
+class VeraLayer(BaseTunerLayer):
+    """A layer with a VeRA."""
+
+    methods = frozenset({"VERA"})
+
+
+class ModulesToSaveWrapper(Question):
+    """A module of which an adapter trains a whole copy (``modules_to_save``)."""
+
+    @classmethod
+    def serves(cls, graft: Graft) -> bool:
+        """Whether it is such a copy."""
+        return isinstance(graft.method, SavedModule)
