@@ -153,7 +153,7 @@ def test_bad_lines_are_listed_with_file_and_number(run, out):
 
 
 def test_bad_lines_can_be_left_out(run):
-    text, _ = run("--skip-bad-lines", rows=[BAD, *pair_rows()])
+    text, _ = run(on_bad_line="skip", rows=[BAD, *pair_rows()])
     assert "left out" in text
     assert "12 examples" in text
 

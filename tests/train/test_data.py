@@ -6,7 +6,7 @@ import pytest
 
 from multigraft import DataError
 from multigraft.train import Chat, Pair, read_jsonl
-from multigraft.train.data import SHOWN
+from multigraft.train.records import SHOWN
 from tests.tiny_base import write_lines
 
 USER = {"role": "user", "content": "a"}
@@ -40,12 +40,12 @@ def test_other_keys_of_a_line_do_no_harm(tmp_path):
     ("row", "why"),
     [
         ("not json", "not valid JSON"),
-        ("[1, 2]", "a JSON list, not an object"),
+        ("[1, 2]", "a list, not an object"),
         ({"prompt": "p", "completon": "c"}, "`completion` is missing.*Nearest: `completon`"),
-        ({"text": "p"}, "`prompt` is missing.*Its keys are `text`"),
+        ({"txt": "p"}, "`prompt` is missing.*Its keys are `txt`"),
         ({}, "`prompt` is missing"),
-        ({"prompt": 3, "completion": "c"}, "`prompt` is a JSON number, not a string"),
-        ({"prompt": "p", "completion": None}, "`completion` is a JSON null, not a string"),
+        ({"prompt": 3, "completion": "c"}, "`prompt` is a number, not a string"),
+        ({"prompt": "p", "completion": None}, "`completion` is null, not a string"),
         ({"prompt": "p", "completion": " \n"}, "`completion` is empty"),
         ({"messages": []}, "`messages` is not a list of turns"),
         ({"messages": "hi"}, "`messages` is not a list of turns"),

@@ -99,7 +99,7 @@ def test_bad_lines_can_be_left_out_and_are_reported(job):
     rows = ["not json", *pair_rows()]
     with pytest.raises(DataError, match=r"data\.jsonl:1: not valid JSON"):
         job(rows).prepare()
-    ready = job(rows, skip_bad=True).prepare()
+    ready = job(rows, on_bad_line="skip").prepare()
     assert [line.line for line in ready.bad] == [1]
     assert len(ready.lane.examples) == len(pair_rows())
 

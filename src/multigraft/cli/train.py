@@ -14,13 +14,16 @@ from multigraft import LoraConfig
 from multigraft.cli.interrupted import Interrupted
 from multigraft.cli.screen import duration, heading, live, screen
 from multigraft.cli.spec import names_or_expression
-from multigraft.train import SCHEDULES, FineTune, Outcome, Recipe
+from multigraft.train import SCHEDULES, FineTune, Outcome, Recipe, formats
 
 
 def train(
     model: Annotated[str, typer.Option(help="Base model: a directory, or an id on the hub.")],
     data: Annotated[
-        str, typer.Option(help="JSONL of `prompt`/`completion` or of chat `messages` lines.")
+        str,
+        typer.Option(
+            help="JSONL, JSON, CSV, Parquet or text file, a directory, or an id on the hub."
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the adapter.")],
     adapter_name: Annotated[
@@ -45,27 +48,38 @@ def train(
     ] = 0.05,
     weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = 0.0,
     max_length: Annotated[int, typer.Option(min=2, help="Longer examples are cut.")] = 1024,
+    format: Annotated[str, typer.Option(help=f"Of the data: {', '.join(formats())}.")] = "auto",
+    packing: Annotated[
+        bool, typer.Option("--packing", help="Several examples in a row; none sees another.")
+    ] = False,
+    group_by_length: Annotated[
+        bool, typer.Option("--group-by-length", help="Examples of like length share a batch.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Initial values, order and dropout.")] = 0,
     eval_data: Annotated[
-        str | None, typer.Option(help="JSONL to measure on, before and after.")
+        str | None, typer.Option(help="Data to measure on, before and after.")
+    ] = None,
+    eval_split: Annotated[
+        float | None, typer.Option(help="Share of the data to hold out for that, e.g. 0.1.")
     ] = None,
     dtype: Annotated[
         str, typer.Option(help="Of the base: auto, float32, bfloat16 or float16.")
     ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")] = "auto",
-    skip_bad_lines: Annotated[
-        bool, typer.Option("--skip-bad-lines", help="Leave unusable lines out.")
-    ] = False,
+    on_bad_line: Annotated[
+        str, typer.Option(help="Where a line cannot be used: fail, or skip it.")
+    ] = "fail",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an adapter that is there already.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
-    """Fine-tune a LoRA adapter on prompt/completion or chat data; the base stays as it is.
+    """Fine-tune a LoRA adapter on your data; the base stays as it is.
 
-    Lines look like `{"prompt": "…", "completion": "…"}`, used as they stand, or like
+    Rows look like `{"prompt": "…", "completion": "…"}`, used as they stand, or like
     `{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}`, which
-    go through the tokeniser's chat template. Loss is on the completion and the assistant's turns.
+    go through the tokeniser's chat template; alpaca, sharegpt and plain text are known as well.
+    Loss is on the completion and the assistant's turns: `multigraft preview` shows it.
 
     Example: `multigraft train --model Qwen/Qwen3-0.6B --data pairs.jsonl --output my-adapter`
     """
@@ -88,14 +102,18 @@ def train(
             schedule=schedule,
             warmup=warmup,
             weight_decay=weight_decay,
+            group_by_length=group_by_length,
             seed=seed,
         ),
         adapter=adapter_name,
         eval_data=eval_data,
+        eval_split=eval_split,
+        format=format,
+        packing=packing,
         max_length=max_length,
         dtype=dtype,
         device=device,
-        skip_bad=skip_bad_lines,
+        on_bad_line=on_bad_line,
         overwrite=overwrite,
     )
     console, start = screen(quiet=quiet), time.monotonic()
@@ -108,8 +126,10 @@ def _run(console: Console, job: FineTune) -> Outcome:
         ready = job.prepare()
     trainable, total = ready.model.get_nb_trainable_parameters()
     heading(console, f"Training `{job.adapter}` on {job.model}")
+    packs = ready.lane.packs
+    rows = "" if packs is None else f" packed into {len(packs):,} rows"
     console.print(
-        f"{len(ready.lane.examples):,} examples, {ready.lane.steps:,} steps of "
+        f"{len(ready.lane.examples):,} examples{rows}, {ready.lane.steps:,} steps of "
         f"{job.recipe.batch_size}; {trainable:,} trainable of {total:,} parameters"
     )
     for line in ready.bad:

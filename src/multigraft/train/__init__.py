@@ -10,14 +10,16 @@ or all of that, with checks before and files after, as one `FineTune`.
 """
 
 from multigraft.train.batches import Batch, Order, collate
-from multigraft.train.data import BadLine, Chat, Pair, Record, Records, pairs, read_jsonl
+from multigraft.train.data import Found, pairs, read, read_jsonl, stream
 from multigraft.train.encode import Encoded, Encoding, encode, encode_one, prompt_ids
 from multigraft.train.evaluate import Answer, answer, generate, mean_loss, share_right
 from multigraft.train.finetune import FineTune, Outcome, check_output
+from multigraft.train.formats import formats
 from multigraft.train.lane import Lane
 from multigraft.train.load import attach, load_model, load_tokenizer, pad_token
 from multigraft.train.loop import OnStep, Progress, train
 from multigraft.train.recipe import SCHEDULES, Recipe
+from multigraft.train.records import BadLine, Chat, Pair, Record, Records, Text
 from multigraft.train.skeleton import load_base, load_skeleton
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "Encoded",
     "Encoding",
     "FineTune",
+    "Found",
     "Lane",
     "OnStep",
     "Order",
@@ -38,12 +41,14 @@ __all__ = [
     "Recipe",
     "Record",
     "Records",
+    "Text",
     "answer",
     "attach",
     "check_output",
     "collate",
     "encode",
     "encode_one",
+    "formats",
     "generate",
     "load_base",
     "load_model",
@@ -53,7 +58,9 @@ __all__ = [
     "pad_token",
     "pairs",
     "prompt_ids",
+    "read",
     "read_jsonl",
     "share_right",
+    "stream",
     "train",
 ]

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from multigraft.train.encode import IGNORED, Encoded
 
+STRETCH = 50
+"""How many batches are sorted by length together: enough to save padding, few enough to mix."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -25,17 +28,31 @@ class Batch:
         mask: 1 where there is a token, 0 on padding, ``(rows, tokens)``.
         labels: ids that are learned, `IGNORED` elsewhere, ``(rows, tokens)``.
         tokens: how many are not padding.
+        positions: in rows of several examples, each token's place in its own, ``(rows, tokens)``.
     """
 
     ids: Tensor
     mask: Tensor
     labels: Tensor
     tokens: int
+    positions: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
         ids, mask, labels = (t.to(device) for t in (self.ids, self.mask, self.labels))
-        return Batch(ids, mask, labels, self.tokens)
+        positions = None if self.positions is None else self.positions.to(device)
+        return Batch(ids, mask, labels, self.tokens, positions)
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What the model is given.
+
+        Positions that begin again tell transformers where an example ends: it builds the
+        block-diagonal mask itself, sliding windows included, but only where no mask is given.
+        """
+        if self.positions is None:
+            return {"input_ids": self.ids, "attention_mask": self.mask}
+        return {"input_ids": self.ids, "position_ids": self.positions}
 
 
 def collate(examples: Sequence[Encoded], pad: int) -> Batch:
@@ -50,6 +67,27 @@ def collate(examples: Sequence[Encoded], pad: int) -> Batch:
         labels[row, :length] = torch.tensor(example.labels)
         mask[row, :length] = 1
     return Batch(ids, mask, labels, sum(len(e.ids) for e in examples))
+
+
+def collate_packed(rows: Sequence[Sequence[Encoded]], pad: int) -> Batch:
+    """Rows of several examples each, of which none sees another; as wide as the longest row.
+
+    Padding is examples of one token, of which nothing is learned; nor is anything learned of an
+    example's first token, which the one before it would have to predict.
+    """
+    joined = [
+        Encoded(
+            [token for example in row for token in example.ids],
+            [flag for example in row for flag in (False, *example.learned[1:])],
+        )
+        for row in rows
+    ]
+    batch = collate(joined, pad)
+    positions = torch.zeros_like(batch.ids)
+    for number, row in enumerate(rows):
+        places = torch.cat([torch.arange(len(example.ids)) for example in row])
+        positions[number, : len(places)] = places
+    return Batch(batch.ids, batch.mask, batch.labels, batch.tokens, positions)
 
 
 class Order:
@@ -74,5 +112,43 @@ class Order:
         return [self[p] for p in range(start, start + length)]
 
     def _shuffled(self, number: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-        return torch.randperm(self.count, generator=generator).tolist()
+        return torch.randperm(self.count, generator=self._generator(number)).tolist()
+
+    def _generator(self, number: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+
+
+class GroupedOrder(Order):
+    """An order whose batches hold examples of about the same length, so that little is padding.
+
+    Each pass is shuffled, sorted by length within stretches of `STRETCH` batches, and its batches
+    are shuffled again: every example comes once a pass, and which ones share a batch changes.
+
+    Args:
+        lengths: of the examples.
+        seed: decides the order of every pass.
+        batch_size: of the batches that will be cut from the order, from its start on.
+    """
+
+    def __init__(self, lengths: Sequence[int], seed: int, batch_size: int) -> None:
+        super().__init__(len(lengths), seed)
+        self.lengths = lengths
+        self.batch_size = batch_size
+
+    def _shuffled(self, number: int) -> list[int]:
+        generator = self._generator(number)
+        order = torch.randperm(self.count, generator=generator).tolist()
+        # The last batch of the pass before takes its missing rows from this one.
+        head = -(number * self.count) % self.batch_size
+        first, rest = order[:head], order[head:]
+        stretch = STRETCH * self.batch_size
+        batches: list[list[int]] = []
+        for start in range(0, len(rest), stretch):
+            near = sorted(rest[start : start + stretch], key=lambda i: -self.lengths[i])
+            batches += [
+                near[at : at + self.batch_size] for at in range(0, len(near), self.batch_size)
+            ]
+        whole = [batch for batch in batches if len(batch) == self.batch_size]
+        part = [batch for batch in batches if len(batch) < self.batch_size]
+        mixed = torch.randperm(len(whole), generator=generator).tolist()
+        return [*first, *(i for at in mixed for i in whole[at]), *(i for b in part for i in b)]

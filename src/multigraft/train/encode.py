@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from multigraft.errors import DataError
-from multigraft.train.data import BadLine, Chat, Pair, Record
+from multigraft.train.records import BadLine, Chat, Pair, Record, Refusal, Text
 
 IGNORED = -100
 """The label of tokens that are not learned, as in torch's cross-entropy."""
@@ -60,32 +60,49 @@ def encode(records: Sequence[Record], tokenizer: Any, max_length: int, file: str
     result = Encoding()
     for record in records:
         try:
-            example = encode_one(record, tokenizer)
-        except DataError as error:
-            why, _, remedy = str(error).partition(". ")
-            result.bad.append(BadLine(file, record.line, why, remedy))
+            pieces, is_cut = pieces_of(record, tokenizer, max_length)
+        except Refusal as refusal:
+            result.bad.append(refusal.at(file, record.line))
             continue
-        length = len(example.ids)
-        kept = Encoded(example.ids[:max_length], example.learned[:max_length])
-        if not any(kept.learned[1:]):
-            why = f"what comes before the part to learn fills `max_length` (={max_length}) tokens"
-            remedy = "Shorten the prompt or raise the length"
-            result.bad.append(BadLine(file, record.line, why, remedy))
-            continue
-        result.cut += length > max_length
-        result.examples.append(kept)
+        result.cut += is_cut
+        result.examples += pieces
     return result
 
 
+def pieces_of(record: Record, tokenizer: Any, max_length: int) -> tuple[list[Encoded], bool]:
+    """A record's examples, and whether something was cut from it.
+
+    It is one example, cut at the end; only text, of which all is learned, goes on in further ones.
+
+    Raises:
+        Refusal: the chat template does not fit, or nothing learned is left after the cut.
+    """
+    try:
+        whole = encode_one(record, tokenizer)
+    except DataError as error:
+        why, _, remedy = str(error).partition(". ")
+        raise Refusal(why, remedy) from error
+    starts = range(0, len(whole.ids), max_length) if isinstance(record, Text) else [0]
+    pieces = [
+        Encoded(whole.ids[at : at + max_length], whole.learned[at : at + max_length])
+        for at in starts
+    ]
+    kept = [piece for piece in pieces if any(piece.learned[1:])]
+    if not kept:
+        why = f"what comes before the part to learn fills `max_length` (={max_length}) tokens"
+        raise Refusal(why, "Shorten the prompt or raise the length")
+    return kept, len(pieces) == 1 and len(whole.ids) > max_length
+
+
 def encode_one(record: Record, tokenizer: Any) -> Encoded:
-    """One record as tokens; a pair ends with the end-of-text token, which is learned as well.
+    """One record as tokens; pairs and texts end with the end-of-text token, which is learned too.
 
     Raises:
         DataError: the chat template is missing, or refuses these messages.
     """
-    if isinstance(record, Pair):
-        spans = [Span(record.prompt, False), Span(record.completion, True)]
-        example = _tokenise(spans, tokenizer, special=True)
+    record = settled(record, tokenizer)
+    if isinstance(record, Pair | Text):
+        example = _tokenise(_spans(record), tokenizer, special=True)
         end = tokenizer.eos_token_id
         if end is None:
             return example
@@ -98,10 +115,19 @@ def encode_one(record: Record, tokenizer: Any) -> Encoded:
     return _tokenise(chat_spans(record, tokenizer), tokenizer, special=False)
 
 
+def settled(record: Record, tokenizer: Any) -> Record:
+    """The record itself; its plain form where the tokeniser has no chat template for it."""
+    if isinstance(record, Chat) and record.plain is not None:
+        return record if getattr(tokenizer, "chat_template", None) else record.plain
+    return record
+
+
 def prompt_ids(record: Record, tokenizer: Any) -> list[int]:
     """The tokens after which generation starts: the prompt, or all but the last turn."""
-    if isinstance(record, Pair):
-        ids = _ids(record.prompt, tokenizer, special=True)
+    record = settled(record, tokenizer)
+    if isinstance(record, Pair | Text):
+        prompt = record.prompt if isinstance(record, Pair) else ""
+        ids = _ids(prompt, tokenizer, special=True)
         # Some tokenisers end every text; a prompt has to stay open.
         return ids[:-1] if ids[1:] and ids[-1] == tokenizer.eos_token_id else ids
     _require_template(tokenizer)
@@ -110,7 +136,9 @@ def prompt_ids(record: Record, tokenizer: Any) -> list[int]:
 
 def expected_text(record: Record) -> str:
     """What generation should give after `prompt_ids`."""
-    return record.completion if isinstance(record, Pair) else record.messages[-1]["content"]
+    if isinstance(record, Chat):
+        return record.messages[-1]["content"]
+    return record.completion if isinstance(record, Pair) else record.text
 
 
 def chat_spans(record: Chat, tokenizer: Any) -> list[Span]:
@@ -141,6 +169,12 @@ def chat_spans(record: Chat, tokenizer: Any) -> list[Span]:
         ]
         done = len(upto)
     return [*spans, Span(whole[done:], False)]
+
+
+def _spans(record: Pair | Text) -> list[Span]:
+    if isinstance(record, Text):
+        return [Span(record.text, True)]
+    return [Span(record.prompt, False), Span(record.completion, True)]
 
 
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from multigraft.model import PeftModel
 from multigraft.train.batches import collate
-from multigraft.train.data import Record
 from multigraft.train.encode import Encoded, expected_text, prompt_ids
 from multigraft.train.lane import learned_tokens, row_losses
 from multigraft.train.load import pad_token
+from multigraft.train.records import Record
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,20 @@ from torch import nn
 
 from multigraft.config import CONFIG_NAME, PeftConfig
 from multigraft.containers import check_name
-from multigraft.errors import DataError, TrainingError
+from multigraft.errors import ConfigError, TrainingError
 from multigraft.model import PeftModel
-from multigraft.train.data import BadLine, Chat, Record, read_jsonl, report
-from multigraft.train.encode import Encoded, encode, encode_one
+from multigraft.train.dataset import DataSet, Loaded, Split, load_data
+from multigraft.train.encode import Encoded, encode_one
 from multigraft.train.evaluate import Answer, answer, mean_loss, share_right
+from multigraft.train.formats import AUTO
 from multigraft.train.lane import Lane
 from multigraft.train.load import attach, load_model, load_tokenizer, pad_token
 from multigraft.train.log import RunLog
 from multigraft.train.loop import OnStep, Progress, train
+from multigraft.train.packing import check_packing
 from multigraft.train.recipe import Recipe
+from multigraft.train.records import BadLine, Chat, Pair, Record
+from multigraft.train.store import lengths_of
 
 
 @dataclass(frozen=True)
@@ -30,15 +35,18 @@ class FineTune:
 
     Args:
         model: the base model, a directory or an id on the hub.
-        data: JSONL file; see `multigraft.train.data`.
+        data: a file, a directory or an id on the hub; see `multigraft.train.data`.
         output: directory for the adapter; an adapter of another name than ``default`` goes into a
             subfolder of that name.
         config: what to graft, e.g. a `LoraConfig`.
         recipe: how to train it.
         adapter: its name.
-        eval_data: JSONL file to measure on, before and after.
+        eval_data: the same, to measure on, before and after.
+        eval_split: in its place, the share of the data that is held out; see `Split`.
+        format: how the rows are written; ``"auto"`` goes by their keys.
+        packing: several examples in a row of ``max_length`` tokens, none of which sees another.
         max_length: longest example in tokens; longer ones are cut.
-        skip_bad: leave out lines that cannot be used, rather than stop.
+        on_bad_line: ``"skip"`` leaves lines out that cannot be used, ``"fail"`` stops.
         overwrite: replace an adapter that lies in ``output`` already.
     """
 
@@ -49,10 +57,13 @@ class FineTune:
     recipe: Recipe = field(default_factory=Recipe)
     adapter: str = "default"
     eval_data: str | None = None
+    eval_split: float | None = None
+    format: str = AUTO
+    packing: bool = False
     max_length: int = 1024
     dtype: str = "auto"
     device: str = "auto"
-    skip_bad: bool = False
+    on_bad_line: str = "fail"
     overwrite: bool = False
 
     @property
@@ -70,34 +81,44 @@ class FineTune:
         check_name(self.adapter)
         _refuse_to_replace(self.folder, self.overwrite)
         check_output(self.folder)
-        files = [self.data, *([self.eval_data] if self.eval_data else [])]
-        records = [read_jsonl(file) for file in files]
-        for read in records:
-            read.check(skip_bad=self.skip_bad)
-        tokenizer = load_tokenizer(self.model)
-        bad: list[BadLine] = [line for read in records for line in read.bad]
-        sets, cut = [], 0
-        for read in records:
-            coded = encode(read.good, tokenizer, self.max_length, read.file)
-            if coded.bad and not (self.skip_bad and coded.examples):
-                raise DataError(report(coded.bad, len(coded.examples)))
-            left_out = {line.line for line in coded.bad}
-            sets.append((coded.examples, [r for r in read.good if r.line not in left_out]))
-            bad += coded.bad
-            cut += coded.cut
+        data, held_out = self._load_data(tokenizer := load_tokenizer(self.model))
         base = load_model(self.model, dtype=self.dtype, device=self.device)
-        _check_lengths([e for examples, _ in sets for e in examples], base, self.max_length)
+        longest = max(map(max, (lengths_of(d.examples) for d in (data.train, held_out) if d)))
+        _check_lengths(longest, base, self.max_length)
         model = attach(base, self.config, self.adapter, self.recipe.seed)
-        lane = Lane(model, self.adapter, sets[0][0], self.recipe, pad_token(tokenizer))
-        held_out = Measure(*sets[1], tokenizer) if self.eval_data else None
-        return Prepared(self, model, tokenizer, lane, held_out, bad, cut)
+        pad, pack_to = pad_token(tokenizer), self.max_length if self.packing else 0
+        if self.packing:
+            check_packing(model, data.train.examples, pad)
+        lane = Lane(model, self.adapter, data.train.examples, self.recipe, pad, pack_to)
+        measure = Measure(held_out.examples, held_out.records, tokenizer) if held_out else None
+        return Prepared(self, model, tokenizer, lane, measure, data.bad, data.cut)
+
+    def _load_data(self, tokenizer: Any) -> tuple[Loaded, DataSet | None]:
+        """The data, and what is held out; the bad lines of both are in the first."""
+        split = None if self.eval_split is None else Split(self.eval_split, self.recipe.seed)
+        if split is not None and self.eval_data is not None:
+            raise ConfigError("give `eval_split` or `eval_data`, not both.")
+        load = partial(
+            load_data,
+            tokenizer=tokenizer,
+            max_length=self.max_length,
+            format=self.format,
+            on_bad_line=self.on_bad_line,
+        )
+        data = load(self.data, split=split)
+        if self.eval_data is None:
+            return data, data.held_out if split is not None else None
+        beside = load(self.eval_data, keep_records=True)
+        data.bad += beside.bad
+        data.cut += beside.cut
+        return data, beside.train
 
 
 @dataclass
 class Measure:
     """A held-out set, and how it is measured."""
 
-    examples: list[Encoded]
+    examples: Sequence[Encoded]
     records: list[Record]
     tokenizer: Any
 
@@ -116,7 +137,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to; the evaluation's parts are None without ``eval_data``.
+    """What a run came to; the evaluation's parts are None without held-out data.
 
     Args:
         losses: of every step.
@@ -221,13 +242,14 @@ class Prepared:
 
 
 def _ends_with_answer(record: Record) -> bool:
-    return not isinstance(record, Chat) or record.messages[-1]["role"] == "assistant"
+    if isinstance(record, Chat):
+        return record.messages[-1]["role"] == "assistant"
+    return isinstance(record, Pair)
 
 
-def _check_lengths(examples: Sequence[Encoded], base: nn.Module, max_length: int) -> None:
+def _check_lengths(longest: int, base: nn.Module, max_length: int) -> None:
     """Fail when an example has more tokens than the model has positions for."""
     limit = getattr(getattr(base, "config", None), "max_position_embeddings", None)
-    longest = max(len(example.ids) for example in examples)
     if limit and longest > limit:
         raise TrainingError(
             f"the longest example has {longest} tokens and the model takes {limit}. Lower "

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from multigraft.errors import TrainingError
 from multigraft.model import PeftModel
 from multigraft.schedule import advance
-from multigraft.train.batches import Batch, Order, collate
+from multigraft.train.batches import Batch, GroupedOrder, Order, collate, collate_packed
 from multigraft.train.encode import Encoded
 from multigraft.train.interrupt import uninterrupted
+from multigraft.train.packing import pack
 from multigraft.train.recipe import Recipe
+from multigraft.train.store import lengths_of
 
 
 class Lane:
@@ -29,6 +31,7 @@ class Lane:
         examples: what it learns from.
         recipe: how.
         pad: token id for padding.
+        pack_to: tokens of a row that holds several examples; 0 gives each a row of its own.
 
     Raises:
         AdapterNameError: there is no such adapter.
@@ -42,6 +45,7 @@ class Lane:
         examples: Sequence[Encoded],
         recipe: Recipe,
         pad: int = 0,
+        pack_to: int = 0,
     ) -> None:
         model.roster.require(adapter)
         if not examples:
@@ -52,8 +56,12 @@ class Lane:
         self.recipe = recipe
         self.pad = pad
         self.step = 0
-        self.steps = recipe.total_steps(len(examples))
-        self.order = Order(len(examples), recipe.seed)
+        lengths = lengths_of(examples)
+        self.packs = pack(lengths, pack_to) if pack_to else None
+        if self.packs is not None:
+            lengths = [sum(lengths[i] for i in members) for members in self.packs]
+        self.steps = recipe.total_steps(len(lengths))
+        self.order = order_of(lengths, recipe)
         self.parameters = adapter_parameters(model, adapter)
         if not self.parameters:
             raise TrainingError(f"adapter `{adapter}` has no floating-point tensors to train.")
@@ -75,7 +83,10 @@ class Lane:
         """The batch of the step that comes next."""
         size = self.recipe.batch_size
         rows = self.order.slice(self.step * size, size)
-        return collate([self.examples[row] for row in rows], self.pad)
+        if self.packs is None:
+            return collate([self.examples[row] for row in rows], self.pad)
+        packed = [[self.examples[i] for i in self.packs[row]] for row in rows]
+        return collate_packed(packed, self.pad)
 
     def update(self) -> float:
         """One optimiser step on the gradients that are there; returns their norm before clipping.
@@ -100,6 +111,13 @@ class Lane:
             self.optimizer.zero_grad(set_to_none=True)
             self.step += 1
         return norm
+
+
+def order_of(lengths: Sequence[int], recipe: Recipe) -> Order:
+    """The order of rows of these lengths."""
+    if recipe.group_by_length:
+        return GroupedOrder(lengths, recipe.seed, recipe.batch_size)
+    return Order(len(lengths), recipe.seed)
 
 
 def adapter_parameters(model: PeftModel, adapter: str) -> list[nn.Parameter]:

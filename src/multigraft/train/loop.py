@@ -91,7 +91,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 def _gradients(model: PeftModel, lane: Lane, batch: Batch) -> float:
     """Give the lane's parameters the batch's gradients; the mean loss over its learned tokens."""
-    logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
+    logits = model(**batch.inputs, use_cache=False).logits
     loss = row_losses(logits, batch.labels).sum() / max(1, learned_tokens(batch.labels))
     value = _finite(float(loss.detach()), lane)
     for term in penalties(model.roster):

@@ -28,6 +28,7 @@ class Recipe:
         warmup: share of the steps over which the learning rate rises; from 1 on, their number.
         weight_decay: AdamW's.
         clip: largest norm of the adapter's gradient; 0 clips nothing.
+        group_by_length: put examples of about the same length into a batch.
         seed: decides the initial values, the order of the data and dropout.
 
     Raises:
@@ -42,6 +43,7 @@ class Recipe:
     warmup: float = 0.05
     weight_decay: float = 0.0
     clip: float = 1.0
+    group_by_length: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
