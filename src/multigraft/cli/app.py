@@ -11,6 +11,7 @@ import typer
 import multigraft
 from multigraft.cli.diff import diff
 from multigraft.cli.doctor import doctor
+from multigraft.cli.export import export
 from multigraft.cli.inspect import inspect
 from multigraft.cli.interrupted import EXIT_CODE, Interrupted
 from multigraft.cli.quickstart import quickstart
@@ -79,3 +80,4 @@ app.command()(targets)
 app.command()(diff)
 app.command()(report)
 app.command()(doctor)
+app.command()(export)

@@ -1,0 +1,5 @@
+"""Programs that read adapters, one module each."""
+
+from multigraft.exchange.consumers import sglang, vllm
+
+__all__ = ["sglang", "vllm"]
