@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from multigraft.atomic import recover, write_files, write_utf8
@@ -36,6 +34,7 @@ from multigraft.reading import (
     read_tensors,
 )
 from multigraft.roster import Roster
+from multigraft.writing import write_tensors
 
 
 @dataclass
@@ -257,25 +256,6 @@ def _require_values(key: str, tensor: Tensor) -> None:
             f"`{key}` holds no values (shape {tuple(tensor.shape)} on {tensor.device}): sharded or "
             "meta tensors must be gathered before saving; pass the full state_dict=."
         )
-
-
-def write_tensors(state: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors under these very names, in place."""
-    tensors: dict[str, Tensor] = {}
-    memories: set[int] = set()
-    for key, tensor in state.items():
-        tensor = tensor.detach().to("cpu")
-        memory = tensor.untyped_storage().data_ptr()
-        # The format refuses tensors that share memory (a stand-in's tied weights, say): copies do
-        # not. Others are written from where they lie.
-        if memory in memories or not tensor.is_contiguous():
-            tensor = tensor.clone(memory_format=torch.contiguous_format)
-        memories.add(memory)
-        tensors[key] = tensor
-    try:
-        save_file(tensors, path, {"format": "pt"})
-    except SafetensorError as error:  # in which it wraps what the disk says
-        raise OSError(f"{path.name}: {error}") from error
 
 
 def _listing(what: str, names: list[str], limit: int = 5) -> list[str]:

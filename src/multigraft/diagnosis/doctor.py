@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from multigraft.atomic import write_files, write_utf8
-from multigraft.checkpoint import write_tensors
+from multigraft.writing import write_tensors
 from multigraft.diagnosis.checks import CHECKS
 from multigraft.diagnosis.findings import Diagnosis, Finding
 from multigraft.diagnosis.patient import Patient, admit
