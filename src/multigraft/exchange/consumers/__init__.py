@@ -1,5 +1,5 @@
 """Programs that read adapters, one module each."""
 
-from multigraft.exchange.consumers import sglang, vllm
+from multigraft.exchange.consumers import gguf, ollama, sglang, vllm
 
-__all__ = ["sglang", "vllm"]
+__all__ = ["gguf", "ollama", "sglang", "vllm"]

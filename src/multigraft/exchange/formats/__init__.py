@@ -1,5 +1,5 @@
 """Ways to write low-rank pairs into files, one module each; the more special first."""
 
-from multigraft.exchange.formats import peft
+from multigraft.exchange.formats import gguf, peft
 
-__all__ = ["peft"]
+__all__ = ["gguf", "peft"]
