@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from multigraft.atomic import recover, write_files, write_utf8
+from multigraft.card import CARD_NAME, new_card
 from multigraft.config import PeftConfig
 from multigraft.errors import CheckpointError, MissingExtraError
 from multigraft.fields import check_regex
@@ -149,9 +150,9 @@ def save(root: Path, adapters: dict[Path, tuple[PeftConfig, dict[str, Tensor]]])
         named = {full_key(key): tensor for key, tensor in state.items()}
         files[directory / WEIGHTS_NAME] = partial(write_tensors, named)
         files[directory / CONFIG_NAME] = partial(write_utf8, text=config.to_json())
-    if not os.path.lexists(root / "README.md"):
+    if not os.path.lexists(root / CARD_NAME):
         config, _ = next(reversed(adapters.values()))
-        files[root / "README.md"] = partial(write_utf8, text=_card(config))
+        files[root / CARD_NAME] = partial(write_utf8, text=new_card(config))
     write_files(files)
 
 
@@ -237,17 +238,6 @@ def locate_weights(source: str | os.PathLike[str], **where: Any) -> Path:
             return locate(source, PICKLE_NAME, **where)
         except CheckpointError:
             raise error from None
-
-
-def _card(config: PeftConfig) -> str:
-    """The text of a model card."""
-    method = str(config.peft_type)
-    base = config.base_model_name_or_path
-    lines = ["---", *([f"base_model: {base}"] if base else []), "library_name: peft", "tags:"]
-    lines += [f"- {method.lower()}", "- multigraft", "---", "", f"# {method} adapter", ""]
-    named = f"`{base}`" if base else "an unnamed base"
-    lines += [f"An adapter for {named}, saved by Multigraft in PEFT's format.", ""]
-    return "\n".join(lines)
 
 
 def _require_values(key: str, tensor: Tensor) -> None:

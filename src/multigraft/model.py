@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from multigraft import checkpoint
+from multigraft.card import update_card
 from multigraft.config import PeftConfig
 from multigraft.defaults import save_task_heads
 from multigraft.errors import CheckpointError, RoutingError
@@ -289,6 +290,10 @@ class PeftModel(PromptFacade, nn.Module):
             embeddings=save_embedding_layers,
             initial=path_initial_model_for_weight_conversion,
         )
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Let the directory's ``README.md`` say which adapter lies there; its text stays."""
+        update_card(output_dir, self.active_peft_config)
 
     def load_adapter(
         self,

@@ -1,4 +1,4 @@
-"""A tiny Llama, a tiny data set, and transformers' `Trainer` on them; seconds on a CPU."""
+"""A tiny Llama, a tiny data set, and transformers' `Trainer` on them; without PEFT."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import transformers
 from torch import nn
 
 from multigraft import LoraConfig
-from tests.oracle import build, llama
 
 STEPS = 4
 
@@ -35,10 +34,29 @@ def config(**more: Any) -> LoraConfig:
 
 
 def base() -> nn.Module:
-    return build(llama)
+    """The same Llama each time, and what is drawn after it."""
+    sizes = transformers.LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(sizes)
 
 
-def trainer(model: nn.Module, folder: Path, **options: Any) -> transformers.Trainer:
+def trainer(
+    model: nn.Module,
+    folder: Path,
+    kind: type[transformers.Trainer] = transformers.Trainer,
+    **options: Any,
+) -> transformers.Trainer:
     """A trainer that saves and evaluates after each of four steps."""
     defaults: dict[str, Any] = {
         "max_steps": STEPS,
@@ -55,4 +73,4 @@ def trainer(model: nn.Module, folder: Path, **options: Any) -> transformers.Trai
         "seed": 0,
     }
     arguments = transformers.TrainingArguments(output_dir=str(folder), **{**defaults, **options})
-    return transformers.Trainer(model, arguments, train_dataset=Rows(), eval_dataset=Rows(4))
+    return kind(model, arguments, train_dataset=Rows(), eval_dataset=Rows(4))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from multigraft.card import update_card
 from multigraft.config import PeftConfig
 from multigraft.errors import UnsupportedError
 from multigraft.roster import Roster
@@ -85,6 +86,10 @@ def _save_pretrained(
         )
 
 
+def _create_or_update_model_card(roster: Roster, output_dir: str | os.PathLike[str]) -> None:
+    update_card(output_dir, roster.configs[roster.first_active])
+
+
 def _load_adapter(
     roster: Roster,
     peft_model_id: str | os.PathLike[str],
@@ -141,6 +146,7 @@ def _get_adapter_state_dict(
 METHODS: dict[str, Callable[..., Any]] = {
     "active_adapters": _active_adapters,
     "add_adapter": _add_adapter,
+    "create_or_update_model_card": _create_or_update_model_card,
     "delete_adapter": _delete_adapter,
     "disable_adapters": _disable_adapters,
     "enable_adapters": _enable_adapters,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from multigraft.errors import MultigraftWarning
+from multigraft.errors import MultigraftWarning, NestingError
 from multigraft.loading import load_into
 from multigraft.reading import CONFIG_NAME
 from multigraft.roster import Roster
@@ -52,7 +52,12 @@ def restore(model: nn.Module, folder: str | os.PathLike[str]) -> bool:
 def _roster(model: nn.Module) -> Roster | None:
     base = base_of(model)
     handle = getattr(model, "roster", None)  # prompts are known to the handle alone
-    return handle if isinstance(handle, Roster) else roster_of(base, survey(base))
+    if isinstance(handle, Roster):
+        return handle
+    try:
+        return roster_of(base, survey(base))
+    except NestingError:  # adapted by another library, or in a part only
+        return None
 
 
 def _adapters_in(folder: Path, roster: Roster) -> dict[str, Path]:
