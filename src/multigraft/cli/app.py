@@ -9,11 +9,13 @@ from typing import Annotated
 import typer
 
 import multigraft
+from multigraft.cli.convert import convert
 from multigraft.cli.diff import diff
 from multigraft.cli.doctor import doctor
 from multigraft.cli.export import export
 from multigraft.cli.inspect import inspect
 from multigraft.cli.interrupted import EXIT_CODE, Interrupted
+from multigraft.cli.preview import preview
 from multigraft.cli.quickstart import quickstart
 from multigraft.cli.quiet import hush, one_line_warnings
 from multigraft.cli.report import report
@@ -74,6 +76,7 @@ def options(
 
 app.command()(quickstart)
 app.command()(train)
+app.command()(preview)
 app.command()(inspect)
 app.command()(verify)
 app.command()(targets)
@@ -81,3 +84,4 @@ app.command()(diff)
 app.command()(report)
 app.command()(doctor)
 app.command()(export)
+app.command()(convert)

@@ -1,5 +1,5 @@
-"""Ways to write low-rank pairs into files, one module each; the more special first."""
+"""Ways to write low-rank pairs into files, one module each."""
 
-from multigraft.exchange.formats import gguf, peft
+from multigraft.exchange.formats import diffusers, gguf, kohya, peft
 
-__all__ = ["gguf", "peft"]
+__all__ = ["diffusers", "gguf", "kohya", "peft"]
