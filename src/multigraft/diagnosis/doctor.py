@@ -14,13 +14,13 @@ from typing import Any
 from torch import nn
 
 from multigraft.atomic import write_files, write_utf8
-from multigraft.writing import write_tensors
 from multigraft.diagnosis.checks import CHECKS
 from multigraft.diagnosis.findings import Diagnosis, Finding
 from multigraft.diagnosis.patient import Patient, admit
 from multigraft.diagnosis.treatment import Treatment, fixed, made_plain
 from multigraft.errors import CheckpointError, UnsupportedError
 from multigraft.reading import CONFIG_NAME, WEIGHTS_NAME
+from multigraft.writing import write_tensors
 
 BACKUP = ".bak"
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from multigraft.atomic import write_utf8
-from multigraft.checkpoint import write_tensors
 from multigraft.errors import UnsupportedError, listed
 from multigraft.exchange.base import named_base
 from multigraft.exchange.chat import carried, chat_of
@@ -17,8 +16,9 @@ from multigraft.exchange.folding import as_number, folded, usual_scale
 from multigraft.exchange.formats.peft import LEAVES, LOOKUP_LEAVES
 from multigraft.keys import full_key
 from multigraft.reading import CONFIG_NAME, WEIGHTS_NAME
+from multigraft.writing import write_tensors
 
-PLAIN = {
+PLAIN: dict[str, Any] = {
     "bias": "none",
     "modules_to_save": None,
     "use_rslora": False,

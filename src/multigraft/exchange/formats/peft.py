@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor
 
 from multigraft.atomic import write_utf8
-from multigraft.checkpoint import write_tensors
 from multigraft.errors import UnsupportedError
 from multigraft.exchange.contract import FORMATS, Files, Format, Loras, Options, Pair
 from multigraft.exchange.folding import as_number
@@ -22,6 +21,7 @@ from multigraft.inspection.files import folders_in, read_adapter
 from multigraft.keys import full_key
 from multigraft.methods.lora import LoraConfig
 from multigraft.reading import CONFIG_NAME, WEIGHTS_NAME
+from multigraft.writing import write_tensors
 
 LEAVES = ("lora_A.weight", "lora_B.weight")
 LOOKUP_LEAVES = ("lora_embedding_A", "lora_embedding_B")
