@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft
 import pytest
 import torch
 
@@ -82,3 +83,51 @@ def test_a_config_of_another_library_is_refused_and_the_model_is_untouched() -> 
     with pytest.raises(UnsupportedError, match=r"multigraft\.LoraConfig"):
         get_peft_model(subject.base, peft.LoraConfig(target_modules=["head"]))  # type: ignore[arg-type]
     subject.assert_restored()
+
+
+VALUES: list[dict[str, Any]] = [
+    {"peft_type": "LORA", "r": 3, "target_modules": ["head"], "task_type": "CAUSAL_LM"},
+    {"peft_type": multigraft.PeftType.IA3, "target_modules": ["a"], "feedforward_modules": []},
+    {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4},
+]
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_a_config_is_made_of_a_dictionary_as_by_peft(values: dict[str, Any]) -> None:
+    ours = multigraft.get_peft_config(values)
+    theirs = peft.get_peft_config({**values, "peft_type": peft.PeftType(values["peft_type"])})
+    assert type(ours).__name__ == type(theirs).__name__
+    for key, value in values.items():
+        their_value = getattr(theirs, key)
+        same = sorted(their_value) if isinstance(their_value, set) else their_value
+        assert getattr(ours, key) == same == value
+
+
+def test_a_dictionary_without_a_method_or_with_an_unknown_key_is_refused() -> None:
+    with pytest.raises(multigraft.ConfigError, match="no `peft_type`"):
+        multigraft.get_peft_config({"r": 3})
+    with pytest.raises(UnsupportedError, match="NONE"):
+        multigraft.get_peft_config({"peft_type": "NONE"})
+    for library in (multigraft, peft):
+        with pytest.raises(TypeError, match="rr"):
+            library.get_peft_config({"peft_type": "LORA", "rr": 3})
+
+
+def test_the_table_of_configs_is_pefts_as_far_as_methods_are_here() -> None:
+    ours = multigraft.PEFT_TYPE_TO_CONFIG_MAPPING
+    theirs = peft.PEFT_TYPE_TO_CONFIG_MAPPING
+    assert len(ours) == len(list(ours)) > 10
+    for kind, config in ours.items():
+        assert config.__name__ == theirs[peft.PeftType(kind)].__name__
+    assert ours["LORA"] is ours[multigraft.PeftType.LORA] is LoraConfig  # type: ignore[index]
+    assert "NONE" not in ours
+    with pytest.raises(KeyError):
+        ours["NONE"]  # type: ignore[index]
+
+
+def test_the_table_of_task_classes_is_pefts() -> None:
+    ours = multigraft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+    theirs = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+    assert {str(task): kind.__name__ for task, kind in ours.items()} == {
+        task: kind.__name__ for task, kind in theirs.items()
+    }

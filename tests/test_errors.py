@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import multigraft
+import multigraft.tuner
 from multigraft import errors
 from multigraft.errors import MultigraftError, did_you_mean, listed, nearest_of, there_are
 
@@ -40,3 +42,12 @@ def test_many_names_are_cut_and_counted_and_the_first_get_hints() -> None:
     assert listed([f"m{i}" for i in range(2000)], limit=2) == "`m0`, `m1` and 1,998 more"
     assert nearest_of(["v_porj", "zzz", "haed"], ["v_proj", "head"]).count("Nearest") == 2
     assert nearest_of(["haed"] * 30, ["head"], limit=3).count("Nearest") == 3
+
+
+def test_pefts_names_catch_ours() -> None:
+    assert issubclass(multigraft.TargetError, multigraft.PeftError)
+    with pytest.raises(multigraft.NoMatchingPeftModuleError):
+        config = multigraft.LoraConfig(target_modules=["absent"])
+        multigraft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), config)
+    with pytest.warns(multigraft.PeftWarning, match="no adapter is active"):
+        multigraft.tuner.Tuner(torch.nn.Linear(2, 2)).merge_and_unload()

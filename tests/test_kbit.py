@@ -15,6 +15,7 @@ import transformers
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 
+import multigraft
 from multigraft import (
     LoraConfig,
     MultigraftWarning,
@@ -290,3 +291,26 @@ def test_merge_and_unload_leaves_quantised_layers_that_act_like_the_adapter():
         assert any(isinstance(m, Linear8bitLt) for m in merged.modules())
         assert float((merged(input_ids=ids()).logits - apart).norm() / apart.norm()) < 0.1
     assert len(model.merge_report) == 14
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_casting_for_mixed_precision_halves_what_is_frozen_as_pefts_does(dtype: Any) -> None:
+    dtypes = []
+    for library in (multigraft, peft):
+        base = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)).to(dtype)
+        base[1].float()
+        config = library.LoraConfig(target_modules=["0"], r=2)
+        model = library.get_peft_model(base, config, autocast_adapter_dtype=False)
+        library.cast_mixed_precision_params(model, dtype)
+        dtypes.append({(p.dtype, p.requires_grad) for p in model.parameters()})
+        assert model.get_base_model()[1].weight.dtype == dtype
+    assert dtypes[0] == dtypes[1] == {(dtype, False), (torch.float32, True)}
+
+
+def test_casting_for_mixed_precision_leaves_packed_weights() -> None:
+    layer = Linear4bit(64, 64, quant_storage=torch.bfloat16).to("cpu").requires_grad_(False)
+    before = layer.weight.clone()
+    assert before.dtype == torch.bfloat16
+    multigraft.cast_mixed_precision_params(nn.Sequential(layer), torch.float16)
+    assert (layer.weight.dtype, layer.bias.dtype) == (torch.bfloat16, torch.float16)
+    assert torch.equal(layer.weight.view(torch.uint8), before.view(torch.uint8))

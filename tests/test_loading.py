@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 
+import multigraft
 from multigraft import PeftModel, get_peft_model, get_peft_model_state_dict
 from multigraft.loading import read_config
 from tests.subject import Subject
@@ -107,3 +109,13 @@ def test_a_module_that_shares_the_end_of_a_saved_name_is_loaded_only_if_the_file
     subject.base.my_norm = torch.nn.LayerNorm(2)
     model = PeftModel.from_pretrained(subject.base, folder)
     assert model.peft_config["default"].modules_to_save == ["norm"]  # type: ignore[attr-defined]
+
+
+def test_tensors_alone_can_be_read_from_files_as_with_peft(tmp_path: Path) -> None:
+    saved(tmp_path)
+    for mapping in (None, {"^head": "tail"}):
+        ours = multigraft.load_peft_weights(tmp_path, device="cpu", key_mapping=mapping)
+        theirs = peft.load_peft_weights(str(tmp_path), device="cpu", key_mapping=mapping)
+        assert list(ours) == list(theirs)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert any(key.startswith("base_model.model.tail.") for key in ours)

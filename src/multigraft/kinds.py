@@ -31,8 +31,8 @@ class Question(metaclass=Asked):
 
     def __init__(self, *_: Any, **__: Any) -> None:
         raise TypeError(
-            f"{type(self).__name__} is for isinstance() only. Add adapters with get_peft_model() or "
-            "model.add_adapter()."
+            f"{type(self).__name__} is for isinstance() only. Add adapters with get_peft_model() "
+            "or model.add_adapter()."
         )
 
     @classmethod
