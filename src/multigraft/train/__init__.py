@@ -11,6 +11,7 @@ or all of that, with checks before and files after, as one `FineTune`.
 
 from multigraft.train.batches import Batch, Order, collate
 from multigraft.train.data import Found, pairs, read, read_jsonl, stream
+from multigraft.train.dataset import Split
 from multigraft.train.encode import Encoded, Encoding, encode, encode_one, prompt_ids
 from multigraft.train.evaluate import Answer, answer, generate, mean_loss, share_right
 from multigraft.train.finetune import FineTune, Outcome, check_output
@@ -18,6 +19,7 @@ from multigraft.train.formats import formats
 from multigraft.train.lane import Lane
 from multigraft.train.load import attach, load_model, load_tokenizer, pad_token
 from multigraft.train.loop import OnStep, Progress, train
+from multigraft.train.preview import Preview, Shown, preview
 from multigraft.train.recipe import SCHEDULES, Recipe
 from multigraft.train.records import BadLine, Chat, Pair, Record, Records, Text
 from multigraft.train.skeleton import load_base, load_skeleton
@@ -37,10 +39,13 @@ __all__ = [
     "Order",
     "Outcome",
     "Pair",
+    "Preview",
     "Progress",
     "Recipe",
     "Record",
     "Records",
+    "Shown",
+    "Split",
     "Text",
     "answer",
     "attach",
@@ -57,6 +62,7 @@ __all__ = [
     "mean_loss",
     "pad_token",
     "pairs",
+    "preview",
     "prompt_ids",
     "read",
     "read_jsonl",
