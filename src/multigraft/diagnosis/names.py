@@ -137,21 +137,24 @@ TOOLS = (
         "kohya's scripts (sd-scripts, A1111, LyCORIS)",
         r"(lora|lycoris)_(unet|te\d?|transformer|prior\w*)_\w+\.(lora_(down|up|mid)\.weight|alpha|"
         r"hada_\w+|lokr_\w+|dora_scale|oft_\w+|diff(_b)?)",
-        "Load the file in diffusers, pipe.load_lora_weights(FILE), which maps its names to "
-        "modules, and save what it made: peft.get_peft_model_state_dict(pipe.unet), with the "
+        "Convert it: multigraft convert FILE --to peft -o DIR. If that refuses it, load it in "
+        "diffusers, pipe.load_lora_weights(FILE), which maps its names to modules, and "
+        "save what it made: peft.get_peft_model_state_dict(pipe.unet), with the "
         "config of pipe.unet.peft_config.",
     ),
     Tool(
         "diffusers, for several models in one file",
         r"(unet|transformer|text_encoder(_\d)?|prior)\..+\.(lora_[AB]|lora\.(down|up))\.weight",
-        "Load the file in diffusers, pipe.load_lora_weights(FILE), and save what it made of each "
+        "Convert it: multigraft convert FILE --to peft -o DIR; or load it in diffusers, "
+        "pipe.load_lora_weights(FILE), and save what it made of each "
         "model: peft.get_peft_model_state_dict(pipe.unet), with the config of "
         "pipe.unet.peft_config.",
     ),
     Tool(
         "diffusers before PEFT",
         r".+(\.processor)?\.(to_\w+_lora|lora|lora_linear_layer)\.(down|up)\.weight",
-        "Load the file in diffusers, pipe.load_lora_weights(FILE), and save what it made: "
+        "Convert it: multigraft convert FILE --to peft -o DIR; or load it in diffusers, "
+        "pipe.load_lora_weights(FILE), and save what it made: "
         "peft.get_peft_model_state_dict(pipe.unet), with the config of pipe.unet.peft_config.",
     ),
     Tool(
