@@ -22,13 +22,6 @@ NAMES = {
     "initialize_kv_prefix_from_past_key_values": "not built: prefixes start at random",
     "initialize_kv_prefix_from_text": "not built: prefixes start at random",
     "prompt_embeddings_from_past_key_values": "not built: prefixes start at random",
-    "AutoPeftModel": "not built yet: load the base, then PeftModel.from_pretrained()",
-    "AutoPeftModelForCausalLM": "not built yet, as AutoPeftModel",
-    "AutoPeftModelForFeatureExtraction": "not built yet, as AutoPeftModel",
-    "AutoPeftModelForQuestionAnswering": "not built yet, as AutoPeftModel",
-    "AutoPeftModelForSeq2SeqLM": "not built yet, as AutoPeftModel",
-    "AutoPeftModelForSequenceClassification": "not built yet, as AutoPeftModel",
-    "AutoPeftModelForTokenClassification": "not built yet, as AutoPeftModel",
     "shift_tokens_right": "not built yet: transformers has it for each architecture",
 }
 """Names that are not here."""
@@ -37,7 +30,7 @@ PARTS = {
     "AdaLoraConfig(runtime_config=<factory>)": "None, which means the same",
     "AdaLoraModel(config)": "`peft_config` here, as in the other classes; second, as in PEFT",
     "layers_mapping": "what layers there are is asked of `multigraft.bases`",
-    "resize_modules_by_rank_pattern": "not needed: loading makes tensors of the file's ranks",
+    "resize_modules_by_rank_pattern": "not needed: loading puts the file's ranks in their places",
     "resize_state_dict_by_rank_pattern": "not needed: saving leaves pruned ranks out",
     "base_model_torch_dtype": "not built yet: get_base_model().dtype",
     "check_kwargs": "not built yet: configs refuse unknown keys themselves",

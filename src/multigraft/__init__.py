@@ -10,6 +10,15 @@ from multigraft.auto import (
     get_peft_config,
     get_peft_model,
 )
+from multigraft.auto_models import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+)
 from multigraft.base_state import get_base_model_state_dict, set_base_model_state_dict
 from multigraft.calibration.corda import preprocess_corda
 from multigraft.calibration.eva import get_eva_state_dict, initialize_lora_eva_weights
@@ -106,6 +115,13 @@ __all__ = [
     "AdapterNameError",
     "AdaptionPromptConfig",
     "ArrowConfig",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "BaseTunerLayer",
     "BdLoraConfig",
     "CheckpointError",
