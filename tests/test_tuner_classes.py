@@ -54,6 +54,7 @@ def test_each_gives_what_pefts_gives(kind: str) -> None:
         assert type(model) is library.PEFT_TYPE_TO_TUNER_MAPPING[library.PeftType(kind)]
         assert list(model.peft_config) == ["other"]
         flags = {n: p.requires_grad for n, p in model.named_parameters()}
+        assert {model.prefix in n for n, flag in flags.items() if flag} == {True}
         made.append((model(x), flags, dict(model.state_dict())))
     (ours, flags, state), (theirs, their_flags, their_state) = made
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)

@@ -40,8 +40,6 @@ class Tuner(StepByStep, Combines, nn.Module):
         model: the base model, adapted already or not.
     """
 
-    prefix = "lora_"
-
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
@@ -52,6 +50,12 @@ class Tuner(StepByStep, Combines, nn.Module):
         """The base model's forward, with whatever adapters act."""
         with spans_of_forward(self.roster, args, kwargs):
             return penalised(self.roster, self.model(*args, **kwargs))
+
+    @property
+    def prefix(self) -> str:
+        """How the names of the first adapter's tensors begin; other packages filter on it."""
+        kinds = [str(config.peft_type) for config in self.peft_config.values()]
+        return next((METHODS[kind].prefix for kind in kinds if kind in METHODS), "lora_")
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
