@@ -55,8 +55,9 @@ def check_packing(model: nn.Module, examples: Sequence[Encoded], pad: int = 0) -
     model.eval()
     try:
         with torch.inference_mode():
-            packed = collate_packed([two], pad).to(device)
-            together = model(**packed.inputs, use_cache=False).logits[0, -packed.ids.shape[1] :]
+            # Two rows: a row that is alone may be treated unlike one among others.
+            packed = collate_packed([two, two], pad).to(device)
+            together = model(**packed.inputs, use_cache=False).logits[1, -packed.ids.shape[1] :]
             alone = [_alone(model, one, pad, device) for one in two]
     finally:
         model.train(was_training)
