@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import save_file
 
 from multigraft import (
     AdapterNameError,
@@ -20,6 +19,7 @@ from multigraft import (
     StateError,
     atomic,
 )
+from multigraft.writing import write_tensors
 from tests.bad_input.saving import assert_loads_as, contents, trained
 from tests.weaknesses import nets
 
@@ -43,19 +43,19 @@ def full() -> OSError:
 
 
 def full_at_weights(patch: pytest.MonkeyPatch, at: int) -> None:
-    patch.setattr("multigraft.checkpoint.save_file", failing(save_file, at, full()))
+    patch.setattr("multigraft.checkpoint.write_tensors", failing(write_tensors, at, full()))
 
 
 def full_after_half_of_the_weights(patch: pytest.MonkeyPatch, at: int) -> None:
     calls = iter(range(1000))
 
-    def write(tensors: Any, path: Path, metadata: Any) -> None:
-        save_file(tensors, path, metadata)
+    def write(tensors: Any, path: Path) -> None:
+        write_tensors(tensors, path)
         if next(calls) == at:
             os.truncate(path, os.path.getsize(path) // 2)
             raise full()
 
-    patch.setattr("multigraft.checkpoint.save_file", write)
+    patch.setattr("multigraft.checkpoint.write_tensors", write)
 
 
 def full_at_texts(patch: pytest.MonkeyPatch, at: int) -> None:
@@ -140,7 +140,7 @@ def test_an_interrupt_half_way_leaves_the_old_files_and_nothing_else(tmp_path: P
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("multigraft.checkpoint.save_file", interrupted)
+        patch.setattr("multigraft.checkpoint.write_tensors", interrupted)
         model.save_pretrained(tmp_path)
     assert contents(tmp_path) == files
 
