@@ -54,18 +54,18 @@ def arm(
 
 
 def saved(call: Callable[[], None]) -> float:
-    """MiB that the graph of one step keeps for its backward pass, parameters not counted."""
-    found: dict[int, int] = {}
+    """MiB that the graphs of one step keep for their backward passes, parameters not counted."""
+    found: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes twice
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         if not isinstance(tensor, torch.nn.Parameter):
             storage = tensor.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
+            found[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         call()
-    return sum(found.values()) / 2**20
+    return sum(storage.nbytes() for storage in found.values()) / 2**20
 
 
 def main() -> None:
