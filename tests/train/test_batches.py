@@ -11,7 +11,7 @@ from multigraft.train.encode import IGNORED
 def test_rows_are_padded_at_the_end_and_masked():
     batch = collate([Encoded([5, 6, 7], [False, True, True]), Encoded([8], [True])], pad=3)
     assert batch.ids.tolist() == [[5, 6, 7], [8, 3, 3]]
-    assert batch.mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch.labels.tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
     assert batch.tokens == 4
 

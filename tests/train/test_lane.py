@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from multigraft import AdapterNameError, LoraConfig, TrainingError
 from multigraft.train import Lane, Recipe, attach, load_model
 from multigraft.train.encode import IGNORED
-from multigraft.train.lane import learned_tokens, row_losses
+from multigraft.train.tasks.causal_lm import learned_tokens, row_losses
 from tests.tiny_base import numbers
 
 

@@ -34,7 +34,7 @@ def test_a_packed_examples_logits_are_its_own_alone(base_dir, attention):
 def test_nothing_is_learned_of_an_examples_first_token():
     batch = collate_packed([[Encoded([1, 2], [True, True]), Encoded([3, 4], [True, True])]], 0)
     assert batch.labels.tolist() == [[IGNORED, 2, IGNORED, 4]]
-    assert batch.positions.tolist() == [[0, 1, 0, 1]]
+    assert batch.inputs["position_ids"].tolist() == [[0, 1, 0, 1]]
 
 
 def test_rows_are_filled_and_every_example_is_in_one():

@@ -268,9 +268,11 @@ class Quickstart:
         with torch.inference_mode():
             names = [name for name, _, _ in rows]
             logits = model(
-                input_ids=batch.ids, attention_mask=batch.mask, adapter_names=names
+                input_ids=batch.ids,
+                attention_mask=batch.inputs["attention_mask"],
+                adapter_names=names,
             ).logits
-        return logits[batch.mask.bool()]
+        return logits[batch.inputs["attention_mask"].bool()]
 
 
 def _input_of(task: Task, prompt: str) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from multigraft.train.encode import IGNORED, Encoded
 
@@ -19,40 +19,80 @@ STRETCH = 50
 """How many batches are sorted by length together: enough to save padding, few enough to mix."""
 
 
+FILL = {"labels": IGNORED}
+"""What rows are filled up with where a wider batch takes them; everything else with zeros."""
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Examples, padded at the end.
+    """Examples as tensors, each with the rows as its first axis.
 
     Args:
-        ids: token ids, ``(rows, tokens)``.
-        mask: 1 where there is a token, 0 on padding, ``(rows, tokens)``.
-        labels: ids that are learned, `IGNORED` elsewhere, ``(rows, tokens)``.
+        inputs: what the model is given: ids and mask, ``(rows, tokens)``, padded at the end.
+        targets: what the loss needs besides: ``labels``, for causal language models ids that are
+            learned and `IGNORED` elsewhere, ``(rows, tokens)``.
         tokens: how many are not padding.
-        positions: in rows of several examples, each token's place in its own, ``(rows, tokens)``.
     """
 
-    ids: Tensor
-    mask: Tensor
-    labels: Tensor
+    inputs: dict[str, Tensor]
+    targets: dict[str, Tensor]
     tokens: int
-    positions: Tensor | None = None
+
+    @property
+    def ids(self) -> Tensor:
+        """Token ids, ``(rows, tokens)``."""
+        return self.inputs["input_ids"]
+
+    @property
+    def labels(self) -> Tensor:
+        """What is to be learned."""
+        return self.targets["labels"]
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return len(self.ids)
+
+    @property
+    def width(self) -> int:
+        """Tokens of a row, padding counted."""
+        return self.ids.shape[1]
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        ids, mask, labels = (t.to(device) for t in (self.ids, self.mask, self.labels))
-        positions = None if self.positions is None else self.positions.to(device)
-        return Batch(ids, mask, labels, self.tokens, positions)
+        inputs, targets = (
+            {name: tensor.to(device) for name, tensor in group.items()}
+            for group in (self.inputs, self.targets)
+        )
+        return Batch(inputs, targets, self.tokens)
 
-    @property
-    def inputs(self) -> dict[str, Tensor]:
-        """What the model is given.
 
-        Positions that begin again tell transformers where an example ends: it builds the
-        block-diagonal mask itself, sliding windows included, but only where no mask is given.
-        """
-        if self.positions is None:
-            return {"input_ids": self.ids, "attention_mask": self.mask}
-        return {"input_ids": self.ids, "position_ids": self.positions}
+def join(batches: Sequence[Batch], pad: int) -> Batch:
+    """The rows of all these batches, one batch after another, as wide as the widest.
+
+    Args:
+        batches: of one task, so that all have the same tensors.
+        pad: token id for padding.
+    """
+    if len(batches) == 1:
+        return batches[0]
+    fill = {**FILL, "input_ids": pad}
+    inputs, targets = (
+        {name: _stacked([g[name] for g in groups], fill.get(name, 0)) for name in groups[0]}
+        for groups in ([b.inputs for b in batches], [b.targets for b in batches])
+    )
+    return Batch(inputs, targets, sum(b.tokens for b in batches))
+
+
+def _stacked(tensors: Sequence[Tensor], fill: int) -> Tensor:
+    if tensors[0].dim() == 1:
+        return torch.cat(list(tensors))
+    width = max(t.shape[1] for t in tensors)
+    wide = [
+        nn.functional.pad(t, (0, 0) * (t.dim() - 2) + (0, width - t.shape[1]), value=fill)
+        for t in tensors
+    ]
+    return torch.cat(wide)
 
 
 def collate(examples: Sequence[Encoded], pad: int) -> Batch:
@@ -66,7 +106,8 @@ def collate(examples: Sequence[Encoded], pad: int) -> Batch:
         ids[row, :length] = torch.tensor(example.ids)
         labels[row, :length] = torch.tensor(example.labels)
         mask[row, :length] = 1
-    return Batch(ids, mask, labels, sum(len(e.ids) for e in examples))
+    tokens = sum(len(e.ids) for e in examples)
+    return Batch({"input_ids": ids, "attention_mask": mask}, {"labels": labels}, tokens)
 
 
 def collate_packed(rows: Sequence[Sequence[Encoded]], pad: int) -> Batch:
@@ -74,6 +115,9 @@ def collate_packed(rows: Sequence[Sequence[Encoded]], pad: int) -> Batch:
 
     Padding is examples of one token, of which nothing is learned; nor is anything learned of an
     example's first token, which the one before it would have to predict.
+
+    Positions that begin again tell transformers where an example ends: it builds the block-diagonal
+    mask itself, sliding windows included, but only where no mask is given.
     """
     joined = [
         Encoded(
@@ -87,7 +131,7 @@ def collate_packed(rows: Sequence[Sequence[Encoded]], pad: int) -> Batch:
     for number, row in enumerate(rows):
         places = torch.cat([torch.arange(len(example.ids)) for example in row])
         positions[number, : len(places)] = places
-    return Batch(batch.ids, batch.mask, batch.labels, batch.tokens, positions)
+    return Batch({"input_ids": batch.ids, "position_ids": positions}, batch.targets, batch.tokens)
 
 
 class Order:

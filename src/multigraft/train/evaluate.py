@@ -12,9 +12,9 @@ from torch import Tensor
 from multigraft.model import PeftModel
 from multigraft.train.batches import collate
 from multigraft.train.encode import Encoded, expected_text, prompt_ids
-from multigraft.train.lane import learned_tokens, row_losses
 from multigraft.train.load import pad_token
 from multigraft.train.records import Record
+from multigraft.train.tasks.causal_lm import learned_tokens, row_losses
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,9 @@ def mean_loss(
         with torch.inference_mode():
             for start in range(0, len(examples), batch_size):
                 batch = collate(examples[start : start + batch_size], pad).to(device)
-                logits = model(input_ids=batch.ids, attention_mask=batch.mask).logits
+                logits = model(
+                    input_ids=batch.ids, attention_mask=batch.inputs["attention_mask"]
+                ).logits
                 total += float(row_losses(logits, batch.labels).sum())
                 count += learned_tokens(batch.labels)
     finally:

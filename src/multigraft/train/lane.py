@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from multigraft.errors import TrainingError
 from multigraft.model import PeftModel
@@ -124,27 +124,3 @@ def adapter_parameters(model: PeftModel, adapter: str) -> list[nn.Parameter]:
     """The adapter's own trainable tensors, each once, by ownership rather than by name."""
     own = model.roster.parameters(adapter)
     return list({id(p): p for p in own if p.is_floating_point()}.values())
-
-
-def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each row's learned tokens, summed in float32.
-
-    Args:
-        logits: ``(rows, tokens, vocabulary)``; those at a token predict the next one. There may be
-            more, of virtual tokens in front, of which nothing is learned.
-        labels: ``(rows, tokens)``, `IGNORED` where nothing is learned.
-
-    Returns:
-        ``(rows,)``; rows of which nothing is learned have 0.
-    """
-    logits, targets = logits[:, -labels.shape[1] :], labels[:, 1:]
-    rows, places = (targets >= 0).nonzero(as_tuple=True)
-    losses = nn.functional.cross_entropy(
-        logits[rows, places].float(), targets[rows, places], reduction="none"
-    )
-    return losses.new_zeros(len(labels)).index_add(0, rows, losses)
-
-
-def learned_tokens(labels: Tensor) -> int:
-    """How many tokens a batch's loss is the mean over."""
-    return int((labels[:, 1:] >= 0).sum())

@@ -21,8 +21,8 @@ from multigraft.errors import (
 )
 from multigraft.model import PeftModel
 from multigraft.reading import read_config
-from multigraft.train.loop import seeded
 from multigraft.train.quantised import load_options
+from multigraft.train.seeding import seeded
 
 DTYPES = {
     "float32": torch.float32,

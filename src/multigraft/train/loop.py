@@ -13,7 +13,9 @@ from multigraft.errors import StateError, TrainingError
 from multigraft.model import PeftModel
 from multigraft.schedule import penalties
 from multigraft.train.batches import Batch
-from multigraft.train.lane import Lane, learned_tokens, row_losses
+from multigraft.train.lane import Lane
+from multigraft.train.seeding import seeded
+from multigraft.train.tasks.causal_lm import learned_tokens, row_losses
 
 
 @dataclass(frozen=True)
@@ -78,15 +80,6 @@ def train(model: PeftModel, lane: Lane, on_step: OnStep | None = None) -> list[f
                 where = (lane.adapter, lane.step, lane.steps)
                 on_step(Progress(*where, losses[-1], lr, norm, tokens, seconds))
     return losses
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers that follow from ``seed`` inside the block; the caller's own go on after."""
-    devices = [device.index or 0] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
 
 
 def _gradients(model: PeftModel, lane: Lane, batch: Batch) -> float:

@@ -1,0 +1,6 @@
+"""What can be learned: one file a task."""
+
+from multigraft.train.tasks import causal_lm
+from multigraft.train.tasks.contract import TASKS, Task
+
+__all__ = ["TASKS", "Task", "causal_lm"]
