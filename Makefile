@@ -3,6 +3,7 @@
 #   make demo     attach, train and serve three adapters on the small model in the package
 #   make test     format, lint, types, tests: what CI runs
 #   make lint     the first three of these
+#   make docs     the documentation's site, into build/site; a warning is an error
 #   make format   let ruff rewrite what it can
 #   make bench    every script in bench/, against PEFT and the frozen base; writes bench/results/
 #   make bench-gpu  the same on one CUDA GPU
@@ -21,7 +22,7 @@ STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 TORCH  := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
 
-.PHONY: help demo test lint format bench bench-gpu clean fresh-venv
+.PHONY: help demo test lint docs format bench bench-gpu clean fresh-venv
 .DEFAULT_GOAL := help
 
 help:
@@ -41,6 +42,12 @@ lint: $(STAMP)
 	@$(BIN)/ruff format --check -q .
 	@$(BIN)/ruff check -q .
 	@$(BIN)/mypy --no-error-summary
+
+# The theme's own news stay out of the output.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(STAMP)
+	@$(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 format: $(STAMP)
 	@$(BIN)/ruff check --fix-only -q .
@@ -63,7 +70,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -c '' 2>/dev/null || $(MAKE) -s fresh-venv
 	@echo "Installing into $(VENV): some minutes the first time"
 	@$(PIP) '$(TORCH)'
-	@$(PIP) -e '.[dev,train,quant]'
+	@$(PIP) -e '.[dev,docs,train,quant]'
 	@touch $@
 
 fresh-venv:
