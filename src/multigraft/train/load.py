@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,15 +109,25 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     return fetch(source, "tokeniser", _transformers().AutoTokenizer.from_pretrained)
 
 
-def attach(model: nn.Module, config: PeftConfig, adapter: str, seed: int = 0) -> PeftModel:
+def attach(
+    model: nn.Module,
+    config: PeftConfig,
+    adapter: str,
+    seed: int = 0,
+    *,
+    task_type: str | None = None,
+) -> PeftModel:
     """Graft a new adapter whose initial values follow from ``seed`` alone.
 
     Args:
         model: a base model, or a `PeftModel`, beside whose adapters the new one goes.
+        task_type: of the task that it is for; heads that the task trains become the adapter's own.
 
     Raises:
         AdapterNameError, TargetError: as for `get_peft_model`; the model is as it was.
     """
+    if task_type is not None:
+        config = replace(config, task_type=task_type)
     with seeded(seed, next(model.parameters()).device):
         if isinstance(model, PeftModel):
             model.add_adapter(adapter, config)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from multigraft.train.load import load_model
 from multigraft.train.tasks.contract import TASKS, Task
 
 
+@dataclass(frozen=True)
 class CausalLM(Task):
     """Completions, assistants' turns and texts; the loss is the mean over learned tokens."""
 
@@ -20,6 +22,7 @@ class CausalLM(Task):
     task_type: ClassVar[str] = "CAUSAL_LM"
     packs: ClassVar[bool] = True
     generates: ClassVar[bool] = True
+    call: ClassVar[Mapping[str, Any]] = {"use_cache": False}
 
     def load(
         self, source: str, *, dtype: str = "auto", device: str = "auto", quantize: str | None = None
@@ -63,4 +66,4 @@ def learned_tokens(labels: Tensor) -> int:
     return int((labels[:, 1:] >= 0).sum())
 
 
-TASKS.register(CausalLM.name, CausalLM())
+TASKS.register(CausalLM.name, CausalLM)

@@ -1,21 +1,31 @@
 """The contract of a task: what an example is, which model learns it, and how wrong the model is.
 
 The training loop knows none of them: it joins batches, runs the model, sums what `losses` gives
-for each adapter's rows, and divides by `count`. A new task is one file.
+for each adapter's rows, and divides by `count`. A new task is one file:
+
+    task = task_of({"name": "dpo", "beta": 0.1})      # a name alone has the usual options
+    task = task.settled(records)                      # labels, where the data tells them
+    model = attach(task.load("…"), config, "a", task_type=task.task_type)
+
+A task is immutable. Its dataclass fields are its options, which check themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
+from multigraft.errors import ConfigError, did_you_mean, there_are
 from multigraft.model import PeftModel
 from multigraft.registry import Registry
 from multigraft.train.batches import Batch
 
 
+@dataclass(frozen=True)
 class Task:
     """One way to learn from data.
 
@@ -24,17 +34,33 @@ class Task:
         task_type: PEFT's name of it, which goes into the adapter's config.
         packs: whether several examples may share a row.
         generates: whether exact match of what the model writes is a measure.
+        call: what every forward is given besides the batch's inputs.
     """
 
     name: ClassVar[str]
     task_type: ClassVar[str]
     packs: ClassVar[bool] = False
     generates: ClassVar[bool] = False
+    call: ClassVar[Mapping[str, Any]] = {}
+
+    def settled(self, records: Iterable[Any]) -> Self:
+        """This task with all that it needs to know before a model is loaded, such as its labels.
+
+        The same records give the same task, in whatever order they come.
+
+        Args:
+            records: those of every source that will be learned from; a task that needs to know
+                nothing of them reads none, so a generator costs nothing.
+
+        Raises:
+            DataError: they do not say it.
+        """
+        return self
 
     def load(
         self, source: str, *, dtype: str = "auto", device: str = "auto", quantize: str | None = None
     ) -> nn.Module:
-        """The base model, in evaluation mode.
+        """The base model, in evaluation mode; the task is settled.
 
         Raises:
             CheckpointError: there is none of this kind at ``source``.
@@ -50,7 +76,10 @@ class Task:
         raise NotImplementedError
 
     def collate(self, examples: Sequence[Any], pad: int) -> Batch:
-        """Examples as one batch, as wide as the longest."""
+        """Examples as one batch, as wide as the longest.
+
+        An example may have several rows, which stay side by side.
+        """
         raise NotImplementedError
 
     def prepare(self, model: PeftModel, batch: Batch) -> Batch:
@@ -62,6 +91,7 @@ class Task:
 
         Args:
             outputs: the model's, for this batch.
+            batch: one, or several joined, of which none changes another's losses.
         """
         raise NotImplementedError
 
@@ -76,4 +106,40 @@ class Task:
         return {}
 
 
-TASKS: Registry[Task] = Registry("task")
+TASKS: Registry[type[Task]] = Registry("task")
+
+
+def task_of(value: str | Mapping[str, Any] | Task) -> Task:
+    """The task that a name or a mapping of ``name`` and options stands for.
+
+    Raises:
+        UnsupportedError: there is no task of that name.
+        ConfigError: it has no such option, or an option's value is outside what it allows.
+    """
+    if isinstance(value, Task):
+        return value
+    options = {"name": value} if isinstance(value, str) else value
+    if not isinstance(options, Mapping) or not isinstance(options.get("name"), str):
+        raise ConfigError(
+            f"`task` (={value!r}) must be a name, or a mapping with a `name` and options, as "
+            f"{{name: dpo, beta: 0.1}} is.{there_are(TASKS)}"
+        )
+    chosen = TASKS[options["name"]]
+    known = [field.name for field in dataclasses.fields(chosen)]
+    for key in options:
+        if key != "name" and key not in known:
+            raise ConfigError(
+                f"task `{chosen.name}` has no option `{key}`.{did_you_mean(str(key), known)}"
+                f"{there_are(known) or ' It has none.'}"
+            )
+    given = {key: _frozen(each) for key, each in options.items() if key != "name"}
+    return chosen(**given)
+
+
+def described(task: Task) -> dict[str, Any]:
+    """The task as a mapping that JSON can hold, and of which `task_of` makes the same task."""
+    return {"name": task.name, **dataclasses.asdict(task)}
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
