@@ -3,31 +3,16 @@
 The names are PEFT's, so that ``from peft import ...`` becomes ``from multigraft import ...``.
 """
 
-from multigraft.arrow import create_arrow_model
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from multigraft.auto import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
     PEFT_TYPE_TO_CONFIG_MAPPING,
     get_peft_config,
     get_peft_model,
 )
-from multigraft.auto_models import (
-    AutoPeftModel,
-    AutoPeftModelForCausalLM,
-    AutoPeftModelForFeatureExtraction,
-    AutoPeftModelForQuestionAnswering,
-    AutoPeftModelForSeq2SeqLM,
-    AutoPeftModelForSequenceClassification,
-    AutoPeftModelForTokenClassification,
-)
-from multigraft.base_state import get_base_model_state_dict, set_base_model_state_dict
-from multigraft.calibration.corda import preprocess_corda
-from multigraft.calibration.eva import get_eva_state_dict, initialize_lora_eva_weights
-from multigraft.calibration.loftq import replace_lora_weights_loftq
-from multigraft.calibration.loraga import preprocess_loraga
-from multigraft.combine.convert import convert_to_lora, save_as_lora
-from multigraft.combine.extract import Extraction, extract_lora
 from multigraft.config import PeftConfig, PeftType, TaskType
-from multigraft.diagnosis import doctor
 from multigraft.errors import (
     AdapterNameError,
     CheckpointError,
@@ -51,10 +36,6 @@ from multigraft.initialisations.corda import CordaConfig
 from multigraft.initialisations.eva import EvaConfig
 from multigraft.initialisations.loftq import LoftQConfig
 from multigraft.initialisations.lora_ga import LoraGAConfig
-from multigraft.inspection import diff, inspect, targets, verify
-from multigraft.kappa import find_kappa_target_modules
-from multigraft.kbit import cast_mixed_precision_params, prepare_model_for_kbit_training
-from multigraft.kinds import BaseTunerLayer, LoraLayer
 from multigraft.layer import AdaptedLayer
 from multigraft.loading import load_peft_weights
 from multigraft.methods.adalora import AdaLoraConfig
@@ -85,26 +66,53 @@ from multigraft.tasks import (
     PeftModelForTokenClassification,
 )
 from multigraft.tuner import inject_adapter_in_model
-from multigraft.tuner_classes import (
-    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
-    PEFT_TYPE_TO_TUNER_MAPPING,
-    AdaLoraModel,
-    HiraModel,
-    IA3Model,
-    LNTuningModel,
-    LoHaModel,
-    LoKrModel,
-    LoraModel,
-    OFTModel,
-    TrainableTokensModel,
-    VeraModel,
-)
 from multigraft.variants import LoraRuntimeConfig
 from multigraft.variants.arrow import ArrowConfig
 from multigraft.variants.bdlora import BdLoraConfig
 from multigraft.variants.kasa import KasaConfig
 from multigraft.variants.monteclora import MontecloraConfig
 from multigraft.variants.velora import VeloraConfig
+
+if TYPE_CHECKING:
+    from multigraft.arrow import create_arrow_model
+    from multigraft.auto_models import (
+        AutoPeftModel,
+        AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification,
+    )
+    from multigraft.base_state import get_base_model_state_dict, set_base_model_state_dict
+    from multigraft.calibration.corda import preprocess_corda
+    from multigraft.calibration.eva import get_eva_state_dict, initialize_lora_eva_weights
+    from multigraft.calibration.loftq import replace_lora_weights_loftq
+    from multigraft.calibration.loraga import preprocess_loraga
+    from multigraft.combine.convert import convert_to_lora, save_as_lora
+    from multigraft.combine.extract import Extraction, extract_lora
+    from multigraft.diagnosis.doctor import doctor
+    from multigraft.inspection.diff import diff
+    from multigraft.inspection.structure import inspect
+    from multigraft.inspection.targets import targets
+    from multigraft.inspection.verify import verify
+    from multigraft.kappa import find_kappa_target_modules
+    from multigraft.kbit import cast_mixed_precision_params, prepare_model_for_kbit_training
+    from multigraft.kinds import BaseTunerLayer, LoraLayer
+    from multigraft.tuner_classes import (
+        PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+        PEFT_TYPE_TO_TUNER_MAPPING,
+        AdaLoraModel,
+        HiraModel,
+        IA3Model,
+        LNTuningModel,
+        LoHaModel,
+        LoKrModel,
+        LoraModel,
+        OFTModel,
+        TrainableTokensModel,
+        VeraModel,
+    )
 
 __version__ = "0.1.0"
 
@@ -218,3 +226,59 @@ __all__ = [
     "targets",
     "verify",
 ]
+
+_LATER = {
+    "arrow": ["create_arrow_model"],
+    "auto_models": [
+        "AutoPeftModel",
+        "AutoPeftModelForCausalLM",
+        "AutoPeftModelForFeatureExtraction",
+        "AutoPeftModelForQuestionAnswering",
+        "AutoPeftModelForSeq2SeqLM",
+        "AutoPeftModelForSequenceClassification",
+        "AutoPeftModelForTokenClassification",
+    ],
+    "base_state": ["get_base_model_state_dict", "set_base_model_state_dict"],
+    "calibration.corda": ["preprocess_corda"],
+    "calibration.eva": ["get_eva_state_dict", "initialize_lora_eva_weights"],
+    "calibration.loftq": ["replace_lora_weights_loftq"],
+    "calibration.loraga": ["preprocess_loraga"],
+    "combine.convert": ["convert_to_lora", "save_as_lora"],
+    "combine.extract": ["Extraction", "extract_lora"],
+    "diagnosis.doctor": ["doctor"],
+    "inspection.diff": ["diff"],
+    "inspection.structure": ["inspect"],
+    "inspection.targets": ["targets"],
+    "inspection.verify": ["verify"],
+    "kappa": ["find_kappa_target_modules"],
+    "kbit": ["cast_mixed_precision_params", "prepare_model_for_kbit_training"],
+    "kinds": ["BaseTunerLayer", "LoraLayer"],
+    "tuner_classes": [
+        "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+        "PEFT_TYPE_TO_TUNER_MAPPING",
+        "AdaLoraModel",
+        "HiraModel",
+        "IA3Model",
+        "LNTuningModel",
+        "LoHaModel",
+        "LoKrModel",
+        "LoraModel",
+        "OFTModel",
+        "TrainableTokensModel",
+        "VeraModel",
+    ],
+}
+"""Public names by their module, which is imported when one of them is first asked for."""
+_HOMES = {name: module for module, names in _LATER.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module `{__name__}` has no attribute `{name}`")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
