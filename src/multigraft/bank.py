@@ -160,7 +160,7 @@ def joined(grafts: Sequence[Graft], training: bool) -> Pair | None:
 
 def frozen_of(site: Site, x: Tensor) -> Frozen | None:
     """The base layer's weight and bias, if its call is nothing more and in the input's dtype."""
-    if site.geometry is None or torch.is_autocast_enabled(x.device.type):
+    if site.geometry is None or kernels.is_autocasting(x):
         return None
     found = site.geometry.frozen_matrix(site.layer)
     return found if found is not None and found[0].dtype == x.dtype else None

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from multigraft import kernels
 from multigraft.errors import UnsupportedError
 from multigraft.graft import Graft
 from multigraft.methods import Method
@@ -69,7 +70,7 @@ def effective(name: str, grafts: Sequence[Graft], value: Tensor, training: bool 
     if dtype.itemsize == 1 or (is_mapped and dtype.itemsize < 4):
         value = value.float()
     # Autocast would round ΔW, and give a tensor of another dtype than the parameter's.
-    with torch.autocast(value.device.type, enabled=False):
+    with kernels.without_autocast(value):
         for graft in grafts:
             if graft.method.kind == "replace":
                 value = graft.params[name.removeprefix(graft.site.key_of(""))]

@@ -6,6 +6,7 @@ from multigraft.kernels.adapted_linear import (
     adapted_linear,
     adapted_linears,
 )
+from multigraft.kernels.autocast import is_autocasting, without_autocast
 from multigraft.kernels.compressed import compressed_linear, group_size, grouped_features
 from multigraft.kernels.layout import Part, Stack, constants
 from multigraft.kernels.low_rank import low_rank_add
@@ -30,8 +31,10 @@ __all__ = [
     "group_size",
     "grouped",
     "grouped_features",
+    "is_autocasting",
     "low_rank_add",
     "masked",
     "reweighted_linear",
     "reweighted_matrices",
+    "without_autocast",
 ]

@@ -154,8 +154,8 @@ def _norm(lora: Method, params: Params) -> Tensor:
 
     def compute() -> Tensor:
         W = lora.site.weight()
-        if torch.is_autocast_enabled(W.device.type):
-            with torch.autocast(W.device.type, enabled=False):
+        if kernels.is_autocasting(W):
+            with kernels.without_autocast(W):
                 return whole(W)
         return whole(W)
 
