@@ -32,9 +32,10 @@ SPLITS = 16
 
 
 @triton.jit
-def _kept(row, column, width, seed, threshold):
-    """Whether the elements at these rows and columns are kept."""
-    h = (row * width + column).to(tl.uint32) ^ seed
+def _kept(token, column, width, SEED, each, tokens, threshold):
+    """Whether the elements of these tokens and columns are kept; ``each``: tokens of a row."""
+    seed = tl.load(SEED + token // each, mask=token < tokens, other=0).to(tl.uint32)
+    h = (token % each * width + column).to(tl.uint32) ^ seed
     h = (h ^ (h >> 16)) * 0x7FEB352D
     h = (h ^ (h >> 15)) * 0x846CA68B
     return (h ^ (h >> 16)) >= threshold
@@ -42,19 +43,19 @@ def _kept(row, column, width, seed, threshold):
 
 @triton.jit
 def _shrink(
-    X, A, S, SEED, tokens, width, rank, threshold, scale,
+    X, A, S, SEED, each, tokens, width, rank, threshold, scale,
     R: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * BT + tl.arange(0, BT))[:, None]
     r = tl.arange(0, R)[:, None]
-    seed = tl.load(SEED).to(tl.uint32)
     limit = threshold.to(tl.uint32)
     total = tl.zeros((BT, R), tl.float32)
     for start in range(0, width, BW):
         column = (start + tl.arange(0, BW))[None, :]
         inside = (row < tokens) & (column < width)
         x = tl.load(X + row * width + column, mask=inside, other=0.0)
-        x = tl.where(_kept(row, column, width, seed, limit), x, 0.0).to(X.dtype.element_ty)
+        kept = _kept(row, column, width, SEED, each, tokens, limit)
+        x = tl.where(kept, x, 0.0).to(X.dtype.element_ty)
         a = tl.load(A + r * width + column, mask=(r < rank) & (column < width), other=0.0)
         total = tl.dot(x, tl.trans(a), total, input_precision="ieee")
     r = tl.arange(0, R)[None, :]
@@ -64,12 +65,11 @@ def _shrink(
 
 @triton.jit
 def _factor_gradient(
-    DS, X, PARTS, SEED, tokens, width, rank, threshold, scale, share,
+    DS, X, PARTS, SEED, each, tokens, width, rank, threshold, scale, share,
     R: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     column = (tl.program_id(0) * BW + tl.arange(0, BW))[None, :]
     r = tl.arange(0, R)[None, :]
-    seed = tl.load(SEED).to(tl.uint32)
     limit = threshold.to(tl.uint32)
     total = tl.zeros((R, BW), tl.float32)
     first = tl.program_id(1) * share
@@ -77,7 +77,8 @@ def _factor_gradient(
         row = (start + tl.arange(0, BT))[:, None]
         here = (row < tokens) & (row < first + share)
         x = tl.load(X + row * width + column, mask=here & (column < width), other=0.0)
-        x = tl.where(_kept(row, column, width, seed, limit), x, 0.0).to(X.dtype.element_ty)
+        kept = _kept(row, column, width, SEED, each, tokens, limit)
+        x = tl.where(kept, x, 0.0).to(X.dtype.element_ty)
         ds = tl.load(DS + row * rank + r, mask=here & (r < rank), other=0.0)
         total = tl.dot(tl.trans(ds), x, total, input_precision="ieee")
     r = tl.arange(0, R)[:, None]
@@ -87,20 +88,20 @@ def _factor_gradient(
 
 @triton.jit
 def _input_gradient(
-    DS, A, DX, SEED, tokens, width, rank, threshold, scale,
+    DS, A, DX, SEED, each, tokens, width, rank, threshold, scale,
     R: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * BT + tl.arange(0, BT))[:, None]
     column = (tl.program_id(1) * BW + tl.arange(0, BW))[None, :]
     r = tl.arange(0, R)
-    seed = tl.load(SEED).to(tl.uint32)
     limit = threshold.to(tl.uint32)
     mine = (row < tokens) & (r[None, :] < rank)
     ds = tl.load(DS + row * rank + r[None, :], mask=mine, other=0.0)
     theirs = (r[:, None] < rank) & (column < width)
     a = tl.load(A + r[:, None] * width + column, mask=theirs, other=0.0)
     dx = tl.dot(ds, a, input_precision="ieee") * scale
-    dx = tl.where(_kept(row, column, width, seed, limit), dx, 0.0).to(DX.dtype.element_ty)
+    kept = _kept(row, column, width, SEED, each, tokens, limit)
+    dx = tl.where(kept, dx, 0.0).to(DX.dtype.element_ty)
     tl.store(DX + row * width + column, dx, mask=(row < tokens) & (column < width))
 
 
@@ -110,7 +111,7 @@ def shrink(x: Tensor, A: Tensor, seed: Tensor, threshold: int, scale: float) -> 
     (tokens, width), rank = x.shape, A.shape[0]
     s = x.new_empty(tokens, rank)
     _shrink[(triton.cdiv(tokens, SHRINK.tokens),)](
-        x, A, s, seed, tokens, width, rank, threshold, scale,
+        x, A, s, seed, tokens // len(seed), tokens, width, rank, threshold, scale,
         R=_tile(rank), **_options(SHRINK),
     )  # fmt: skip
     return s
@@ -123,7 +124,7 @@ def factor_gradient(ds: Tensor, x: Tensor, seed: Tensor, threshold: int, scale: 
     share = triton.cdiv(triton.cdiv(tokens, SPLITS), FACTOR.tokens) * FACTOR.tokens
     parts = torch.empty(SPLITS, rank, width, dtype=torch.float32, device=x.device)
     _factor_gradient[(triton.cdiv(width, FACTOR.width), SPLITS)](
-        ds, x, parts, seed, tokens, width, rank, threshold, scale, share,
+        ds, x, parts, seed, tokens // len(seed), tokens, width, rank, threshold, scale, share,
         R=_tile(rank), **_options(FACTOR),
     )  # fmt: skip
     return parts.sum(0).to(ds.dtype)
@@ -135,7 +136,7 @@ def input_gradient(ds: Tensor, A: Tensor, seed: Tensor, threshold: int, scale: f
     (tokens, rank), width = ds.shape, A.shape[1]
     dx = ds.new_empty(tokens, width)
     _input_gradient[(triton.cdiv(tokens, INPUT.tokens), triton.cdiv(width, INPUT.width))](
-        ds, A, dx, seed, tokens, width, rank, threshold, scale,
+        ds, A, dx, seed, tokens // len(seed), tokens, width, rank, threshold, scale,
         R=_tile(rank), **_options(INPUT),
     )  # fmt: skip
     return dx

@@ -2,10 +2,11 @@
 
     x̂ = keep(seed) ∘ x / (1 - p)    s = x̂ Aᵀ    dA = dSᵀ x̂    dX = keep(seed) ∘ (dS A) / (1 - p)
 
-x: (tokens, in)   A: (rank, in)   s, dS: (tokens, rank)   seed: (1,), an integer on x's device
+x: (tokens, in)   A: (rank, in)   s, dS: (tokens, rank)   seed: (rows,), int32 on x's device
 
-An element is kept or dropped by a hash of its index and the seed, so that every pass over x finds
-the same ones, and none writes or reads x̂ or a mask. On CUDA these are Triton kernels; elsewhere,
+Tokens fall into rows of equal length. An element is kept or dropped by a hash of its row's seed and
+its index in the row, so that every pass over x finds the same ones, and none writes or reads x̂ or a
+mask; and what follows in a longer row changes nothing. On CUDA these are Triton kernels; elsewhere,
 and as their specification, plain operators with the same result.
 
 The hash is Wellons' lowbias32 (nullprogram.com/blog/2018/07/31), which is in the public domain.
@@ -23,7 +24,7 @@ LARGEST = 2**31
 """Elements of an input that 32-bit indices can tell apart."""
 MOST_RANK = 128
 """Above, the kernels' tiles leave no room for more."""
-WORD = 0xFFFFFFFF
+SIGN = -(2**31)
 
 
 def draw_seed(x: Tensor) -> Tensor:
@@ -36,13 +37,31 @@ def can_regenerate(x: Tensor, rank: int) -> bool:
     return x.is_cuda and x.numel() < LARGEST and rank <= MOST_RANK and _kernels() is not None
 
 
-def keeps(seed: Tensor, tokens: int, width: int, p: float) -> Tensor:
-    """Which elements are kept, ``(tokens, width)``."""
-    index = torch.arange(tokens * width, device=seed.device)
-    h = index ^ seed.long()
-    h = ((h ^ (h >> 16)) * 0x7FEB352D) & WORD
-    h = ((h ^ (h >> 15)) * 0x846CA68B) & WORD
-    return ((h ^ (h >> 16)) >= _threshold(p)).view(tokens, width)
+def keeps(seed: Tensor, tokens: int, width: int, p: float | Tensor) -> Tensor:
+    """Which elements are kept, ``(tokens, width)``.
+
+    Args:
+        p: for all rows, or ``(rows,)`` in float64.
+    """
+    index = torch.arange(tokens // len(seed) * width, dtype=torch.int32, device=seed.device)
+    h = scrambled(index ^ seed[:, None])
+    # What is signed here is compared as if it were not.
+    if isinstance(p, Tensor):
+        limit = (p * 2**32).round().clamp(max=2**32 - 1).long() + SIGN
+        kept = (h ^ SIGN) >= limit.int()[:, None]
+    else:
+        kept = (h ^ SIGN) >= _threshold(p) + SIGN
+    return kept.view(tokens, width)
+
+
+def scrambled(h: Tensor) -> Tensor:
+    """The hash of each int32, in its place; shifts bring in zeros, and products wrap around."""
+    h ^= (h >> 16) & 0xFFFF
+    h *= 0x7FEB352D
+    h ^= (h >> 15) & 0x1FFFF
+    h *= 0x846CA68B - 2**32
+    h ^= (h >> 16) & 0xFFFF
+    return h
 
 
 def dropped_input(x: Tensor, seed: Tensor, p: float) -> Tensor:
@@ -79,7 +98,7 @@ def dropped_input_gradient(ds: Tensor, A: Tensor, seed: Tensor, p: float) -> Ten
 
 
 def _threshold(p: float) -> int:
-    return round(p * 2**32)
+    return min(round(p * 2**32), 2**32 - 1)
 
 
 @cache
