@@ -75,7 +75,7 @@ def test_grouped_batches_are_of_like_length_and_hold_every_example_once_a_pass()
 
 def test_a_store_gives_back_what_it_was_given_from_memory_and_from_a_file():
     for limit in (0, 1 << 20):
-        store = Store(max(limit, 1))
+        store = Store(Encoded, max(limit, 1))
         for example in three():
             store.append(example)
         assert list(store) == store[:] == three()

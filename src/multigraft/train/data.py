@@ -17,8 +17,8 @@ from typing import Any
 
 from multigraft.train.files import jsonl, read_rows
 from multigraft.train.files.contract import Rows, unreadable
-from multigraft.train.formats import AUTO, FORMATS, read_row
-from multigraft.train.records import BadLine, Pair, Record, Records, Refusal
+from multigraft.train.formats import AUTO, Kinds, check_format, read_row
+from multigraft.train.records import LANGUAGE, BadLine, Pair, Record, Records, Refusal
 
 
 @dataclass(frozen=True)
@@ -29,30 +29,32 @@ class Found:
     record: Record
 
 
-def stream(source: str | os.PathLike[str], format: str = AUTO) -> Iterator[Found | BadLine]:
+def stream(
+    source: str | os.PathLike[str], format: str = AUTO, kinds: Kinds = LANGUAGE
+) -> Iterator[Found | BadLine]:
     """The records and the bad lines of a source, in their order, as they are read.
 
     Args:
         source: a file, a directory of files or of `datasets`, or an id on the hub.
         format: how its rows are written; ``"auto"`` goes by each row's keys.
+        kinds: of records that can be used.
 
     Raises:
         DataError: there is no such source, or it cannot be read at all.
         MissingExtraError: a package that it needs is not installed.
-        UnsupportedError: there is no such format.
+        UnsupportedError: there is no such format, or it gives none of these kinds.
     """
-    if format != AUTO:
-        FORMATS[format]  # an unknown one is told before anything is read
-    return _records(read_rows(source), format)
+    check_format(format, kinds)  # before anything is read
+    return _records(read_rows(source), format, kinds)
 
 
-def read(source: str | os.PathLike[str], format: str = AUTO) -> Records:
+def read(source: str | os.PathLike[str], format: str = AUTO, kinds: Kinds = LANGUAGE) -> Records:
     """All of what `stream` yields, in memory.
 
     Raises:
         DataError, MissingExtraError, UnsupportedError: as for `stream`.
     """
-    return _gathered(str(source), stream(source, format))
+    return _gathered(str(source), stream(source, format, kinds))
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> Records:
@@ -62,7 +64,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> Records:
         DataError: there is no such file, or it cannot be read at all.
     """
     try:
-        return _gathered(str(path), _records(jsonl.rows(Path(path)), AUTO))
+        return _gathered(str(path), _records(jsonl.rows(Path(path)), AUTO, LANGUAGE))
     except OSError as error:
         raise unreadable(path, error) from error
 
@@ -72,13 +74,13 @@ def pairs(rows: Iterable[Any]) -> list[Pair]:
     return [Pair(row.prompt, row.completion, n) for n, row in enumerate(rows, start=1)]
 
 
-def _records(rows: Rows, format: str) -> Iterator[Found | BadLine]:
+def _records(rows: Rows, format: str, kinds: Kinds) -> Iterator[Found | BadLine]:
     for row in rows:
         if isinstance(row, BadLine):
             yield row
             continue
         try:
-            yield Found(row.file, read_row(row.values, row.line, format))
+            yield Found(row.file, read_row(row.values, row.line, format, kinds))
         except Refusal as refusal:
             yield refusal.at(row.file, row.line)
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from multigraft.errors import ConfigError, DataError, did_you_mean
 from multigraft.train.data import stream
-from multigraft.train.encode import Encoded, pieces_of
 from multigraft.train.formats import AUTO
-from multigraft.train.records import BadLine, Chat, Pair, Record, Refusal, check_lines
+from multigraft.train.records import BadLine, Record, Refusal, check_lines
 from multigraft.train.store import Store
+from multigraft.train.tasks import Task, task_of
 
 ON_BAD_LINE = ("fail", "skip")
 
@@ -38,7 +37,7 @@ class Split:
 
     def holds_out(self, record: Record) -> bool:
         """Whether this record is for evaluation."""
-        key = f"{self.seed}:{content(record)}".encode("utf-8", "surrogatepass")
+        key = f"{self.seed}:{record.content}".encode("utf-8", "surrogatepass")
         drawn = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
         return drawn < self.share * 2**64
 
@@ -47,7 +46,7 @@ class Split:
 class DataSet:
     """The examples of a source, and the records of those that are for evaluation."""
 
-    examples: Sequence[Encoded]
+    examples: Sequence[Any]
     records: list[Record] = field(default_factory=list)
 
 
@@ -77,28 +76,31 @@ def load_data(
     on_bad_line: str = "fail",
     split: Split | None = None,
     keep_records: bool = False,
+    task: str | Task = "causal-lm",
 ) -> Loaded:
     """Read and encode a source; neither its rows nor its examples have to fit into memory.
 
     Args:
         split: which records go to ``held_out``.
         keep_records: keep those of ``train`` as well, as evaluation needs them.
+        task: what makes examples of records; it is settled, where it has to be.
 
     Raises:
         ConfigError: ``on_bad_line`` is neither ``"fail"`` nor ``"skip"``.
         DataError: lines are bad and must not be, or there are none for training or evaluation.
     """
     check_choice(on_bad_line)
-    train, held_out = Store(), Store()
+    task = task_of(task)
+    train, held_out = Store(task.example), Store(task.example)
     loaded = Loaded(DataSet(train), DataSet(held_out), [], 0)
     good = 0
-    for found in stream(source, format):
+    for found in stream(source, format, task.records):
         if isinstance(found, BadLine):
             loaded.bad.append(found)
             continue
         record = found.record
         try:
-            pieces, is_cut = pieces_of(record, tokenizer, max_length)
+            pieces, is_cut = task.pieces(record, tokenizer, max_length)
         except Refusal as refusal:
             loaded.bad.append(refusal.at(found.file, record.line))
             continue
@@ -115,6 +117,18 @@ def load_data(
     return loaded
 
 
+def records_of(sources: Iterable[str], task: Task, format: str = AUTO) -> Iterator[Record]:
+    """What a task can learn from in these sources, for `Task.settled`; bad lines are passed over.
+
+    Raises:
+        DataError, MissingExtraError, UnsupportedError: as for `stream`.
+    """
+    for source in sources:
+        for found in stream(source, format, task.records):
+            if not isinstance(found, BadLine):
+                yield found.record
+
+
 def check_choice(on_bad_line: str) -> None:
     """Fail when this is no way to treat bad lines.
 
@@ -128,14 +142,7 @@ def check_choice(on_bad_line: str) -> None:
         )
 
 
-def content(record: Record) -> str:
-    """What a record says, wherever it stands."""
-    if isinstance(record, Chat):
-        return json.dumps(record.messages, ensure_ascii=False, sort_keys=True)
-    return f"{record.prompt}\0{record.completion}" if isinstance(record, Pair) else record.text
-
-
-def _check_split(source: str, split: Split, train: Store, held_out: Store) -> None:
+def _check_split(source: str, split: Split, train: Sequence[Any], held_out: Sequence[Any]) -> None:
     for examples, purpose in ((train, "training"), (held_out, "evaluation")):
         if not examples:
             others = len(train) + len(held_out)

@@ -7,19 +7,25 @@ whole would join characters across a boundary, each side is tokenised on its own
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from multigraft.errors import DataError
+from multigraft.train.examples import Example
 from multigraft.train.records import BadLine, Chat, Pair, Record, Refusal, Text
 
 IGNORED = -100
 """The label of tokens that are not learned, as in torch's cross-entropy."""
 
 
+Written = Pair | Chat | Text
+"""Records that are text to go on with."""
+
+
 @dataclass(frozen=True)
-class Encoded:
+class Encoded(Example):
     """One example: token ids and, for each, whether it is learned."""
 
     ids: list[int]
@@ -32,6 +38,23 @@ class Encoded:
             i if is_learned else IGNORED
             for i, is_learned in zip(self.ids, self.learned, strict=True)
         ]
+
+    @property
+    def signed(self) -> list[int]:
+        """The ids, and ``-1 - id`` where a token is not learned."""
+        return [i if flag else -1 - i for i, flag in zip(self.ids, self.learned, strict=True)]
+
+    @classmethod
+    def of_signed(cls, tokens: Sequence[int]) -> Encoded:
+        """The example whose `signed` this is."""
+        return cls([t if t >= 0 else -1 - t for t in tokens], [t >= 0 for t in tokens])
+
+    def pack(self) -> bytes:
+        return array("i", self.signed).tobytes()
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Encoded:
+        return cls.of_signed(array("i", data))
 
 
 @dataclass
@@ -115,10 +138,17 @@ def encode_one(record: Record, tokenizer: Any) -> Encoded:
     return _tokenise(chat_spans(record, tokenizer), tokenizer, special=False)
 
 
-def settled(record: Record, tokenizer: Any) -> Record:
-    """The record itself; its plain form where the tokeniser has no chat template for it."""
+def settled(record: Record, tokenizer: Any) -> Written:
+    """The record itself; its plain form where the tokeniser has no chat template for it.
+
+    Raises:
+        DataError: a language model cannot learn from it.
+    """
     if isinstance(record, Chat) and record.plain is not None:
         return record if getattr(tokenizer, "chat_template", None) else record.plain
+    if not isinstance(record, Written):
+        kind = type(record).__name__.lower()
+        raise DataError(f"a {kind} record is no text to go on with. Choose another `task`")
     return record
 
 
@@ -138,7 +168,7 @@ def expected_text(record: Record) -> str:
     """What generation should give after `prompt_ids`."""
     if isinstance(record, Chat):
         return record.messages[-1]["content"]
-    return record.completion if isinstance(record, Pair) else record.text
+    return record.completion if isinstance(record, Pair) else record.content
 
 
 def chat_spans(record: Chat, tokenizer: Any) -> list[Span]:
@@ -153,7 +183,7 @@ def chat_spans(record: Chat, tokenizer: Any) -> list[Span]:
     whole = _render(tokenizer, record.messages, False)
     spans, done = [], 0
     for number, turn in enumerate(record.messages):
-        if turn["role"] != "assistant":
+        if turn["role"] != "assistant" or number < record.given:
             continue
         before = _render(tokenizer, record.messages[:number], True)
         upto = _render(tokenizer, record.messages[: number + 1], False)
@@ -222,7 +252,10 @@ def _by_template(record: Chat, tokenizer: Any) -> Encoded:
     coded = tokenizer.apply_chat_template(
         list(record.messages), return_dict=True, return_assistant_tokens_mask=True
     )
-    return Encoded(list(coded["input_ids"]), [bool(flag) for flag in coded["assistant_masks"]])
+    before = _render(tokenizer, record.messages[: record.given], True) if record.given else ""
+    given = len(_ids(before, tokenizer, special=False))
+    flags = [bool(flag) and at >= given for at, flag in enumerate(coded["assistant_masks"])]
+    return Encoded(list(coded["input_ids"]), flags)
 
 
 def _ids(text: str, tokenizer: Any, special: bool) -> list[int]:

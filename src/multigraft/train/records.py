@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,38 +12,134 @@ SHOWN = 10
 """How many bad lines an error message lists; the report holds them all."""
 
 
+class Record:
+    """What one line of data holds; each kind is a frozen dataclass."""
+
+    line: int
+
+    @property
+    def content(self) -> str:
+        """What it says, wherever it stands."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class Pair:
+class Pair(Record):
     """A prompt and the text that should follow it, both used as they stand."""
 
     prompt: str
     completion: str
     line: int = 0
 
+    @property
+    def content(self) -> str:
+        return f"{self.prompt}\0{self.completion}"
+
 
 @dataclass(frozen=True)
-class Chat:
+class Chat(Record):
     """A conversation; the assistant's turns are what is learned.
 
     Args:
         messages: turns of ``role`` and ``content``.
         plain: what to use instead where the tokeniser has no chat template.
+        given: how many turns at its start are given, of which nothing is learned.
     """
 
     messages: tuple[dict[str, str], ...]
     line: int = 0
     plain: Pair | None = None
+    given: int = 0
+
+    @property
+    def content(self) -> str:
+        return json.dumps(self.messages, ensure_ascii=False, sort_keys=True)
 
 
 @dataclass(frozen=True)
-class Text:
+class Text(Record):
     """Text that is learned as a whole."""
 
     text: str
     line: int = 0
 
+    @property
+    def content(self) -> str:
+        return self.text
 
-Record = Pair | Chat | Text
+
+Label = str | int | float
+"""A class by its name or number, or a value."""
+
+
+@dataclass(frozen=True)
+class Labelled(Record):
+    """A text, perhaps beside a second one, and what it is.
+
+    Args:
+        label: one class or value; a tuple of those that hold, or of several values.
+        other: the second text of a pair.
+    """
+
+    text: str
+    label: Label | tuple[Label, ...]
+    other: str | None = None
+    line: int = 0
+
+    @property
+    def content(self) -> str:
+        return json.dumps([self.text, self.other, self.label], ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class Tagged(Record):
+    """Words, and a tag for each."""
+
+    words: tuple[str, ...]
+    tags: tuple[Label, ...]
+    line: int = 0
+
+    @property
+    def content(self) -> str:
+        return json.dumps([self.words, self.tags], ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class Related(Record):
+    """Two texts that belong together.
+
+    Args:
+        negative: a text that does not belong to the anchor.
+        score: how alike the two are, where that is known.
+    """
+
+    anchor: str
+    positive: str
+    negative: str | None = None
+    score: float | None = None
+    line: int = 0
+
+    @property
+    def content(self) -> str:
+        texts = [self.anchor, self.positive, self.negative, self.score]
+        return json.dumps(texts, ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class Preference(Record):
+    """Two answers to one prompt, of which one is preferred; both hold the prompt."""
+
+    chosen: Pair | Chat
+    rejected: Pair | Chat
+    line: int = 0
+
+    @property
+    def content(self) -> str:
+        return f"{self.chosen.content}\0{self.rejected.content}"
+
+
+LANGUAGE: tuple[type[Record], ...] = (Pair, Chat, Text)
+"""What language models learn from."""
 
 
 @dataclass(frozen=True)

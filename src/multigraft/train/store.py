@@ -5,58 +5,63 @@ from __future__ import annotations
 import tempfile
 from array import array
 from collections.abc import Sequence
-from typing import IO, overload
+from typing import IO, Generic, TypeVar, overload
 
-from multigraft.train.encode import Encoded
+from multigraft.train.examples import Example
 
 IN_MEMORY = 64 * 2**20
 """Bytes up to which no file is used; a token takes four."""
 
+E = TypeVar("E", bound=Example)
 
-class Store(Sequence[Encoded]):
+
+class Store(Sequence[E], Generic[E]):
     """A sequence of examples that can be added to; reading one does not read the others.
 
-    A token is a 32-bit integer: its id, or ``-1 - id`` where it is not learned. Besides the tokens,
-    8 bytes an example are held.
+    Besides what `Example.pack` makes of an example, 12 bytes of each are held in memory.
+
+    Args:
+        kind: of the examples, all of them.
     """
 
-    def __init__(self, in_memory: int = IN_MEMORY) -> None:
+    def __init__(self, kind: type[E], in_memory: int = IN_MEMORY) -> None:
+        self._kind = kind
         # It lives as long as the store does, and has no name that could be left behind.
         self._file: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=in_memory)  # noqa: SIM115
         self._ends = array("q", [0])
+        self._lengths = array("i")
 
-    def append(self, example: Encoded) -> None:
+    def append(self, example: E) -> None:
         """Add one example at the end."""
-        tokens = zip(example.ids, example.learned, strict=True)
-        self._file.seek(4 * self._ends[-1])
-        self._file.write(array("i", [i if learned else -1 - i for i, learned in tokens]).tobytes())
-        self._ends.append(self._ends[-1] + len(example.ids))
+        data = example.pack()
+        self._file.seek(self._ends[-1])
+        self._file.write(data)
+        self._ends.append(self._ends[-1] + len(data))
+        self._lengths.append(len(example))
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of every example."""
-        return [end - start for start, end in zip(self._ends, self._ends[1:], strict=False)]
+        return self._lengths.tolist()
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return len(self._lengths)
 
     @overload
-    def __getitem__(self, index: int) -> Encoded: ...
+    def __getitem__(self, index: int) -> E: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Encoded]: ...
-    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
+    def __getitem__(self, index: slice) -> list[E]: ...
+    def __getitem__(self, index: int | slice) -> E | list[E]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         at = range(len(self))[index]
         start, end = self._ends[at], self._ends[at + 1]
-        self._file.seek(4 * start)
-        tokens = array("i")
-        tokens.frombytes(self._file.read(4 * (end - start)))
-        return Encoded([t if t >= 0 else -1 - t for t in tokens], [t >= 0 for t in tokens])
+        self._file.seek(start)
+        return self._kind.unpack(self._file.read(end - start))
 
 
-def lengths_of(examples: Sequence[Encoded]) -> list[int]:
+def lengths_of(examples: Sequence[Example]) -> list[int]:
     """Tokens of every example; a store is asked for them, not read."""
     if isinstance(examples, Store):
         return examples.lengths
-    return [len(example.ids) for example in examples]
+    return [len(example) for example in examples]

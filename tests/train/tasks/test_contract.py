@@ -37,7 +37,7 @@ def test_an_unknown_name_is_refused_with_the_nearest():
 
 
 def test_an_unknown_option_is_refused():
-    with pytest.raises(ConfigError, match="`causal-lm` has no option `beta`. It has none"):
+    with pytest.raises(ConfigError, match=r"`causal-lm` has no option `beta`. It has none"):
         task_of({"name": "causal-lm", "beta": 1})
 
 

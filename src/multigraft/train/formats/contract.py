@@ -9,9 +9,10 @@ from typing import Any
 
 from multigraft.errors import did_you_mean
 from multigraft.registry import Registry
-from multigraft.train.records import Record, Refusal
+from multigraft.train.records import LANGUAGE, Record, Refusal
 
 Values = Mapping[str, Any]
+Kinds = tuple[type[Record], ...]
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,20 @@ class Format:
         keys: what every row of this format has.
         read: makes a record of a row that has them, or raises `Refusal`.
         example: a row, as JSON.
+        makes: kinds of records that ``read`` gives.
+        also: other sets of keys under which data sets have the same; ``read`` knows them too.
     """
 
     name: str
     keys: tuple[str, ...]
     read: Callable[[Values, int], Record]
     example: str
+    makes: Kinds = LANGUAGE
+    also: tuple[tuple[str, ...], ...] = ()
+
+    def fits(self, row: Values) -> bool:
+        """Whether a row has all keys that one of this format has."""
+        return any(all(key in row for key in keys) for keys in (self.keys, *self.also))
 
 
 FORMATS: Registry[Format] = Registry("format")
@@ -68,7 +77,7 @@ def require(row: Values, wanted: Format) -> None:
     Raises:
         Refusal: with the nearest key that there is.
     """
-    for key in wanted.keys:
+    for key in () if wanted.fits(row) else wanted.keys:
         if key not in row:
             hint = did_you_mean(key, row) or f" Its keys are {', '.join(f'`{k}`' for k in row)}."
             needs = " and ".join(f"`{k}`" for k in wanted.keys)

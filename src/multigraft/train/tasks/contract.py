@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -23,6 +23,12 @@ from multigraft.errors import ConfigError, did_you_mean, there_are
 from multigraft.model import PeftModel
 from multigraft.registry import Registry
 from multigraft.train.batches import Batch
+from multigraft.train.encode import Encoded
+from multigraft.train.examples import Example
+from multigraft.train.records import LANGUAGE, Record
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,8 @@ class Task:
         packs: whether several examples may share a row.
         generates: whether exact match of what the model writes is a measure.
         call: what every forward is given besides the batch's inputs.
+        records: kinds of records that it can learn from; they decide which formats are looked for.
+        example: what `pieces` makes of them.
     """
 
     name: ClassVar[str]
@@ -42,6 +50,8 @@ class Task:
     packs: ClassVar[bool] = False
     generates: ClassVar[bool] = False
     call: ClassVar[Mapping[str, Any]] = {}
+    records: ClassVar[tuple[type[Record], ...]] = LANGUAGE
+    example: ClassVar[type[Example]] = Encoded
 
     def settled(self, records: Iterable[Any]) -> Self:
         """This task with all that it needs to know before a model is loaded, such as its labels.
