@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from multigraft import checkpoint
+from multigraft.averaging import WrappedFacade
 from multigraft.card import update_card
 from multigraft.config import PeftConfig
 from multigraft.defaults import save_task_heads
@@ -32,7 +33,7 @@ from multigraft.storage import parameter_counts
 from multigraft.tuner import Tuner, base_of
 
 
-class PeftModel(PromptFacade, nn.Module):
+class PeftModel(PromptFacade, WrappedFacade, nn.Module):
     """A base model and its adapters, side by side.
 
     Args:

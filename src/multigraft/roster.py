@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary, WeakSet, ref
 
 from torch import nn
 
+from multigraft.averaging import warn_of_unaveraged
 from multigraft.config import PeftConfig
 from multigraft.containers import AdapterDict, check_name
 from multigraft.errors import AdapterNameError, RoutingError, StateError, did_you_mean
@@ -75,6 +76,8 @@ class Roster:
         """Adapted layers of one parent, by its path."""
         self.thawed: list[nn.Parameter] = []
         """Base parameters that were trainable before the first adapter froze the base."""
+        self.averaged: frozenset[str] | None = None
+        """Adapters whose gradients a wrapper around the model averages over processes, if any."""
 
     @staticmethod
     def of(root: nn.Module) -> Roster:
@@ -252,6 +255,8 @@ class Roster:
     def set_requires_grad(self, names: Iterable[str], requires_grad: bool) -> None:
         """Freeze or thaw the trainable parameters of these adapters, and of no others."""
         names = list(names)
+        if requires_grad and self.averaged is not None:
+            warn_of_unaveraged(self.averaged, names)
         self.need(names if requires_grad else ())
         for name in names:
             if requires_grad:
