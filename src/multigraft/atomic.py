@@ -29,6 +29,7 @@ except ImportError:  # not on Windows, where what killed writers left stays
     fcntl = None  # type: ignore[assignment]
 
 PREFIX = ".saving-"
+DRAFT = ".draft-"
 NOTE = "renaming.json"
 NOTE_BYTES = 1 << 20
 NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
@@ -58,6 +59,40 @@ def write_files(files: Mapping[Path, Callable[[Path], None]]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write one text file atomically, in UTF-8."""
     write_files({path: lambda p: write_utf8(p, text)})
+
+
+def place_folder(target: Path, fill: Callable[[Path], None]) -> None:
+    """Make a folder that is there whole, or not at all; what lay there before is replaced.
+
+    Args:
+        fill: puts files into the folder that it is given, beside the target.
+
+    Raises:
+        CheckpointError: the disk refuses; what lay there before is unchanged.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for left in target.parent.glob(f"{DRAFT}*"):  # of a writer that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        draft = Path(tempfile.mkdtemp(prefix=DRAFT, dir=target.parent))
+        try:
+            fill(draft)
+            for path in sorted(draft.rglob("*")):
+                (_flush_folder if path.is_dir() else _flush)(path)
+            os.chmod(draft, 0o777 & ~_umask())
+            _flush_folder(draft)
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(draft, target)
+            _flush_folder(target.parent)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise CheckpointError(
+            f"{target}: nothing could be saved ({error}). Free some space or choose another "
+            "directory; what was saved before is unchanged."
+        ) from error
 
 
 def write_utf8(path: Path, text: str) -> None:

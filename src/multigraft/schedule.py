@@ -7,7 +7,7 @@ Both are asked of the method of each active adapter that trains. PEFT's loops ca
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,9 +19,9 @@ from multigraft.methods.contract import Params
 from multigraft.roster import Roster
 
 
-def penalties(roster: Roster) -> Iterator[Tensor]:
-    """What the methods of the active adapters that train add to the loss."""
-    for name in roster.acting():
+def penalties(roster: Roster, names: Iterable[str] | None = None) -> Iterator[Tensor]:
+    """What the methods of adapters that train add to the loss; of the active ones by default."""
+    for name in roster.acting() if names is None else names:
         method = _method_of(roster, name)
         if method is None or method.penalty.__func__ is Method.penalty.__func__:  # type: ignore[attr-defined]
             continue
@@ -40,13 +40,14 @@ def penalised(roster: Roster, outputs: Any) -> Any:
     return outputs
 
 
-def advance(roster: Roster, step: int) -> None:
-    """Let the methods of the active adapters that train do what is due after a backward pass.
+def advance(roster: Roster, step: int, names: Iterable[str] | None = None) -> None:
+    """Let the methods of adapters that train do what is due after a backward pass.
 
     Args:
         step: the number of the training step, from 1.
+        names: the adapters; the active ones by default.
     """
-    for name in roster.acting():
+    for name in roster.acting() if names is None else names:
         method = _method_of(roster, name)
         if method is None or not roster.trains(name):
             continue

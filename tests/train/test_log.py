@@ -8,17 +8,18 @@ from pathlib import Path
 import pytest
 
 from multigraft import CheckpointError, LoraConfig, MultigraftWarning, TrainingError
-from multigraft.train import FineTune, Progress, Recipe
+from multigraft.train import Job, Progress, Recipe
 from multigraft.train.log import LOG_NAME, UNFINISHED, RunLog
 from tests.tiny_base import pair_rows, write_lines
+from tests.train.jobs import one, only
 
 
 @pytest.fixture
 def job(base_dir, tmp_path):
     data = write_lines(tmp_path / "data.jsonl", pair_rows())
 
-    def make(**options: object) -> FineTune:
-        return FineTune(
+    def make(**options: object) -> Job:
+        return one(
             **{
                 "model": str(base_dir),
                 "data": str(data),
@@ -42,7 +43,7 @@ def lines(path: Path) -> list[dict]:
 
 
 def test_every_step_is_a_line_beside_the_adapter(job):
-    outcome = job(adapter="dates").prepare().run()
+    outcome = only(job(name="dates").prepare().run())
     found = lines(outcome.folder / LOG_NAME)
     assert [line["step"] for line in found] == [1, 2, 3]
     assert [line["loss"] for line in found] == outcome.losses
@@ -53,12 +54,17 @@ def test_every_step_is_a_line_beside_the_adapter(job):
 def test_it_is_written_as_training_goes(job):
     seen = []
     ready = job().prepare()
-    ready.run(lambda now: seen.append(len(lines(ready.job.folder / UNFINISHED))))
+
+    def look(now) -> None:
+        if isinstance(now, Progress):
+            seen.append(len(lines(Path(ready.job.output, UNFINISHED))))
+
+    ready.run(look)
     assert seen == [1, 2, 3]
 
 
-def test_a_run_that_diverges_leaves_nothing(job, tmp_path):
-    ready = job().prepare()
+def test_a_run_that_fails_without_checkpoints_leaves_nothing(job, tmp_path):
+    ready = job(save_every=0).prepare()
 
     def broken(now: Progress) -> None:
         if now.step == 2:
@@ -69,7 +75,7 @@ def test_a_run_that_diverges_leaves_nothing(job, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_disk_that_refuses_the_adapter_gets_no_log(job, tmp_path, monkeypatch):
+def test_a_disk_that_refuses_the_adapter_gets_no_log_of_it(job, tmp_path, monkeypatch):
     ready = job().prepare()
 
     def refused(*_: object, **__: object) -> None:
@@ -78,35 +84,45 @@ def test_a_disk_that_refuses_the_adapter_gets_no_log(job, tmp_path, monkeypatch)
     monkeypatch.setattr(ready.model, "save_pretrained", refused)
     with pytest.raises(CheckpointError):
         ready.run()
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / LOG_NAME).exists()
+    assert (tmp_path / "out" / "checkpoints" / "round-000003" / "default").is_dir()
 
 
 def test_an_older_adapters_log_stays_until_the_new_one_is_saved(job, tmp_path):
     job().prepare().run()
     older = (tmp_path / "out" / LOG_NAME).read_bytes()
-    ready = job(overwrite=True).prepare()
+    ready = job(overwrite=True, save_every=0).prepare()
 
     def interrupted(now: Progress) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         ready.run(interrupted)
-    assert "still holds the older adapter" in ready.rescue()
+    assert "checkpoints are switched off" in ready.rescue()
     assert (tmp_path / "out" / LOG_NAME).read_bytes() == older
     assert not (tmp_path / "out" / UNFINISHED).exists()
 
 
-def test_what_is_rescued_keeps_its_log(job, tmp_path):
-    ready = job().prepare()
+def test_a_run_that_is_taken_up_goes_on_with_its_log(job, tmp_path):
+    whole = only(job(output=str(tmp_path / "whole")).prepare().run())
 
     def interrupted(now: Progress) -> None:
-        if now.step == 2:
+        if isinstance(now, Progress) and now.step == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ready.run(interrupted)
-    ready.rescue()
-    assert len(lines(tmp_path / "out" / LOG_NAME)) == 2
+        job().prepare().run(interrupted)
+    outcome = only(job(resume=True).prepare().run())
+    found = lines(tmp_path / "out" / LOG_NAME)
+    assert [line["step"] for line in found] == [1, 2, 3]
+    assert [line["loss"] for line in found] == whole.losses == outcome.losses
+
+
+def test_half_a_line_of_a_killed_run_is_left_out(tmp_path):
+    (tmp_path / UNFINISHED).write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    log = RunLog(tmp_path, resumed_at=2)
+    log(step(3))
+    assert [line["step"] for line in lines(tmp_path / UNFINISHED)] == [1, 2, 3]
 
 
 def test_a_disk_that_refuses_is_warned_of_once(tmp_path):

@@ -14,7 +14,7 @@ from multigraft import LoraConfig
 from multigraft.cli.interrupted import Interrupted
 from multigraft.cli.screen import duration, heading, live, screen
 from multigraft.cli.spec import names_or_expression
-from multigraft.train import SCHEDULES, FineTune, Outcome, Recipe, formats
+from multigraft.train import SCHEDULES, AdapterJob, Job, Outcome, Progress, Recipe, formats
 
 
 def train(
@@ -83,70 +83,69 @@ def train(
 
     Example: `multigraft train --model Qwen/Qwen3-0.6B --data pairs.jsonl --output my-adapter`
     """
-    job = FineTune(
-        model=model,
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules=names_or_expression([target_modules]),
+        task_type="CAUSAL_LM",
+    )
+    recipe = Recipe(
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch_size,
+        lr=lr,
+        schedule=schedule,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        group_by_length=group_by_length,
+        seed=seed,
+    )
+    adapter = AdapterJob(
         data=data,
-        output=str(output),
-        config=LoraConfig(
-            r=rank,
-            lora_alpha=2 * rank if alpha is None else alpha,
-            lora_dropout=dropout,
-            target_modules=names_or_expression([target_modules]),
-            task_type="CAUSAL_LM",
-        ),
-        recipe=Recipe(
-            epochs=epochs,
-            steps=steps,
-            batch_size=batch_size,
-            lr=lr,
-            schedule=schedule,
-            warmup=warmup,
-            weight_decay=weight_decay,
-            group_by_length=group_by_length,
-            seed=seed,
-        ),
-        adapter=adapter_name,
+        config=config,
+        recipe=recipe,
+        name=adapter_name,
         eval_data=eval_data,
         eval_split=eval_split,
         format=format,
         packing=packing,
         max_length=max_length,
-        dtype=dtype,
-        device=device,
         on_bad_line=on_bad_line,
-        overwrite=overwrite,
     )
+    job = Job(model, str(output), (adapter,), dtype=dtype, device=device, overwrite=overwrite)
     console, start = screen(quiet=quiet), time.monotonic()
-    outcome = _run(console, job)
+    (outcome,) = _run(console, job)
     _summary(console, job, outcome, time.monotonic() - start)
 
 
-def _run(console: Console, job: FineTune) -> Outcome:
+def _run(console: Console, job: Job) -> list[Outcome]:
     with console.status("Reading the data and loading the base model"):
         ready = job.prepare()
     trainable, total = ready.model.get_nb_trainable_parameters()
-    heading(console, f"Training `{job.adapter}` on {job.model}")
-    packs = ready.lane.packs
+    adapter, lane = job.adapters[0], ready.entrants[0].lane
+    heading(console, f"Training `{adapter.name}` on {job.model}")
+    packs = lane.packs
     rows = "" if packs is None else f" packed into {len(packs):,} rows"
     console.print(
-        f"{len(ready.lane.examples):,} examples{rows}, {ready.lane.steps:,} steps of "
-        f"{job.recipe.batch_size}; {trainable:,} trainable of {total:,} parameters"
+        f"{len(lane.examples):,} examples{rows}, {lane.steps:,} steps of "
+        f"{adapter.recipe.batch_size}; {trainable:,} trainable of {total:,} parameters"
     )
     for line in ready.bad:
         console.print(f"[yellow]left out[/] {escape(str(line))}")
     if ready.cut:
         console.print(
-            f"[yellow]{ready.cut} examples are longer than {job.max_length} tokens and were cut[/]"
+            f"[yellow]{ready.cut} examples are longer than {adapter.max_length} tokens and were cut[/]"
         )
     console.print()
     try:
-        with live(console, [job.adapter]) as on_step:
-            return ready.run(on_step)
+        with live(console, [adapter.name]) as on_step:
+            return ready.run(lambda now: on_step(now) if isinstance(now, Progress) else None)
     except KeyboardInterrupt:
         raise Interrupted(ready.rescue()) from None
 
 
-def _summary(console: Console, job: FineTune, outcome: Outcome, seconds: float) -> None:
+def _summary(console: Console, job: Job, outcome: Outcome, seconds: float) -> None:
     heading(console, "Summary")
     last = outcome.losses[-10:]
     console.print(

@@ -59,6 +59,24 @@ class Ranks:
             for path, params in sites.items():
                 _mask(params["lora_E"], self.config.rank_pattern[f"{path}.lora_E"])
 
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What it has seen so far, as tensors by name, and as values that JSON holds."""
+        tensors = {
+            f"{kind} {name} {path}": tensor
+            for (path, name), both in self.averages.items()
+            for kind, tensor in zip(("mean", "spread"), both, strict=True)
+        }
+        return tensors, {"rank_pattern": self.config.rank_pattern}
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.averages.clear()
+        for key, mean in tensors.items():
+            kind, name, path = key.split(" ", 2)
+            if kind == "mean":
+                self.averages[path, name] = mean, tensors[f"spread {name} {path}"]
+        self.config.rank_pattern = values["rank_pattern"]
+
     def _observe(self, sites: Mapping[str, Params]) -> None:
         for path, params in sites.items():
             for name, w in params.items():

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from multigraft.bases import Geometry
 from multigraft.config import CONFIGS, PeftConfig
 from multigraft.defaults import LORA_TARGETS, Targets
+from multigraft.draws import dropout
 from multigraft.registry import Registry
 from multigraft.site import Site
 
@@ -60,6 +61,12 @@ class Schedule(Protocol):
             step: the number of the training step, from 1.
             sites: the adapter's tensors by its sites' paths.
         """
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What it keeps, as tensors by name, and as values that JSON holds."""
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
 
 
 class Method:
@@ -209,7 +216,7 @@ class Method:
         if drops_whole and torch.rand(1) <= self.module_dropout:
             return y
         if self.dropout:
-            x = torch.nn.functional.dropout(x, self.dropout)
+            x = dropout(x, self.dropout)
         own = self.apply(params, x).to(y.dtype)
         return y + (self._drop_features(own) if self.rank_dropout else own)
 

@@ -6,7 +6,7 @@
     lane = Lane(model, "dates", encode(records, tokenizer, 512).examples, Recipe(epochs=2))
     train(model, lane, on_step=print)
 
-or all of that, with checks before and files after, as one `FineTune`.
+or all of that for several adapters at once, with checks before and files after, as one `Job`.
 """
 
 from multigraft.train.batches import Batch, Order, collate
@@ -14,39 +14,51 @@ from multigraft.train.data import Found, pairs, read, read_jsonl, stream
 from multigraft.train.dataset import Split
 from multigraft.train.encode import Encoded, Encoding, encode, encode_one, prompt_ids
 from multigraft.train.evaluate import Answer, answer, generate, mean_loss, share_right
-from multigraft.train.finetune import FineTune, Outcome, check_output
+from multigraft.train.events import Evaluated, Event, Finished, OnEvent, Progress, Saved
 from multigraft.train.formats import formats
+from multigraft.train.job import AdapterJob, Job
 from multigraft.train.lane import Lane
 from multigraft.train.load import attach, load_model, load_tokenizer, pad_token
-from multigraft.train.loop import OnStep, Progress, train
+from multigraft.train.loop import OnStep, train
+from multigraft.train.outcome import Outcome, Prepared
+from multigraft.train.output import check_output
 from multigraft.train.preview import Preview, Shown, preview
 from multigraft.train.recipe import SCHEDULES, Recipe
 from multigraft.train.records import BadLine, Chat, Pair, Record, Records, Text
 from multigraft.train.skeleton import load_base, load_skeleton
+from multigraft.train.watch import Watch
 
 __all__ = [
     "SCHEDULES",
+    "AdapterJob",
     "Answer",
     "BadLine",
     "Batch",
     "Chat",
     "Encoded",
     "Encoding",
-    "FineTune",
+    "Evaluated",
+    "Event",
+    "Finished",
     "Found",
+    "Job",
     "Lane",
+    "OnEvent",
     "OnStep",
     "Order",
     "Outcome",
     "Pair",
+    "Prepared",
     "Preview",
     "Progress",
     "Recipe",
     "Record",
     "Records",
+    "Saved",
     "Shown",
     "Split",
     "Text",
+    "Watch",
     "answer",
     "attach",
     "check_output",

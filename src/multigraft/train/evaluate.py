@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from multigraft.model import PeftModel
-from multigraft.train.batches import collate
-from multigraft.train.encode import Encoded, expected_text, prompt_ids
+from multigraft.train.encode import expected_text, prompt_ids
 from multigraft.train.load import pad_token
 from multigraft.train.records import Record
-from multigraft.train.tasks.causal_lm import learned_tokens, row_losses
+from multigraft.train.tasks import Task
+from multigraft.train.tasks.causal_lm import CausalLM
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,15 @@ def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Ten
 
 
 def mean_loss(
-    model: PeftModel, examples: Sequence[Encoded], *, pad: int = 0, batch_size: int = 16
+    model: PeftModel,
+    examples: Sequence[Any],
+    *,
+    pad: int = 0,
+    batch_size: int = 16,
+    task: Task | None = None,
 ) -> float:
-    """Mean cross-entropy over the learned tokens of all examples, with the active adapters."""
+    """Mean loss over all examples, with the active adapters; of learned tokens by default."""
+    task = task or CausalLM()
     device = next(model.parameters()).device
     total, count = 0.0, 0
     was_training = model.training
@@ -127,12 +133,11 @@ def mean_loss(
     try:
         with torch.inference_mode():
             for start in range(0, len(examples), batch_size):
-                batch = collate(examples[start : start + batch_size], pad).to(device)
-                logits = model(
-                    input_ids=batch.ids, attention_mask=batch.inputs["attention_mask"]
-                ).logits
-                total += float(row_losses(logits, batch.labels).sum())
-                count += learned_tokens(batch.labels)
+                batch = task.collate(examples[start : start + batch_size], pad).to(device)
+                batch = task.prepare(model, batch)
+                outputs = model(**batch.inputs, **task.call)
+                total += float(task.losses(outputs, batch).sum())
+                count += task.count(batch)
     finally:
         model.train(was_training)
     return total / max(1, count)

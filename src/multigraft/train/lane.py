@@ -1,25 +1,28 @@
 """A lane: one adapter's training under way.
 
-Whatever a step depends on is in the lane or follows from its step number: several lanes can
-share one forward of the base, and a lane can be put down and taken up.
+Whatever a step depends on is in the lane or follows from its step number: several lanes share the
+forwards of one base, and a lane can be put down and taken up with the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from multigraft.errors import TrainingError
+from multigraft.errors import CheckpointError, TrainingError
 from multigraft.model import PeftModel
 from multigraft.schedule import advance
-from multigraft.train.batches import Batch, GroupedOrder, Order, collate, collate_packed
-from multigraft.train.encode import Encoded
-from multigraft.train.interrupt import uninterrupted
+from multigraft.train import optimizer
+from multigraft.train.batches import Batch, GroupedOrder, Order, collate_packed
 from multigraft.train.packing import pack
 from multigraft.train.recipe import Recipe
+from multigraft.train.seeding import mixed_seed
 from multigraft.train.store import lengths_of
+from multigraft.train.tasks import Task
+from multigraft.train.tasks.causal_lm import CausalLM
 
 
 class Lane:
@@ -32,6 +35,7 @@ class Lane:
         recipe: how.
         pad: token id for padding.
         pack_to: tokens of a row that holds several examples; 0 gives each a row of its own.
+        task: what an example is, and the loss.
 
     Raises:
         AdapterNameError: there is no such adapter.
@@ -42,10 +46,11 @@ class Lane:
         self,
         model: PeftModel,
         adapter: str,
-        examples: Sequence[Encoded],
+        examples: Sequence[Any],
         recipe: Recipe,
         pad: int = 0,
         pack_to: int = 0,
+        task: Task | None = None,
     ) -> None:
         model.roster.require(adapter)
         if not examples:
@@ -54,8 +59,13 @@ class Lane:
         self.roster = model.roster
         self.examples = examples
         self.recipe = recipe
+        self.task = task or CausalLM()
         self.pad = pad
         self.step = 0
+        self.losses: list[float] = []
+        """Of every step."""
+        self.tokens = 0
+        """Tokens seen so far, padding not counted."""
         lengths = lengths_of(examples)
         self.packs = pack(lengths, pack_to) if pack_to else None
         if self.packs is not None:
@@ -65,8 +75,12 @@ class Lane:
         self.parameters = adapter_parameters(model, adapter)
         if not self.parameters:
             raise TrainingError(f"adapter `{adapter}` has no floating-point tensors to train.")
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=recipe.lr, weight_decay=recipe.weight_decay
+        self.optimizer = optimizer.make(
+            recipe.optimizer,
+            self.parameters,
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
+            options=recipe.optimizer_options,
         )
 
     @property
@@ -79,38 +93,138 @@ class Lane:
         """The learning rate of the step that comes next."""
         return self.recipe.lr_at(self.step, self.steps)
 
-    def batch(self) -> Batch:
-        """The batch of the step that comes next."""
-        size = self.recipe.batch_size
-        rows = self.order.slice(self.step * size, size)
+    def batches(self) -> list[Batch]:
+        """What the step that comes next learns from, in parts that run one after another."""
+        size, parts = self.recipe.batch_size, self.recipe.accumulate
+        first = self.step * parts
+        return [self._collated(self.order.slice((first + n) * size, size)) for n in range(parts)]
+
+    def _collated(self, rows: Sequence[int]) -> Batch:
         if self.packs is None:
-            return collate([self.examples[row] for row in rows], self.pad)
+            return self.task.collate([self.examples[row] for row in rows], self.pad)
         packed = [[self.examples[i] for i in self.packs[row]] for row in rows]
         return collate_packed(packed, self.pad)
 
-    def update(self) -> float:
-        """One optimiser step on the gradients that are there; returns their norm before clipping.
+    def seed(self, part: int) -> int:
+        """What the random numbers of a part of the next step follow from."""
+        return mixed_seed(self.recipe.seed, self.step, part)
 
-        Ctrl-C waits until the step is whole.
+    def norm(self) -> Tensor:
+        """The norm of all gradients that are there, a scalar on their device."""
+        return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+
+    def check(self, norm: float) -> None:
+        """Fail when the gradient is not finite.
 
         Raises:
-            TrainingError: a gradient is not finite; the adapter was not changed.
+            TrainingError: names the adapter and the step; the adapter was not changed.
         """
-        limit = self.recipe.clip or float("inf")
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
         if norm != norm or norm == float("inf"):
             raise TrainingError(
                 f"adapter `{self.adapter}`, step {self.step + 1} of {self.steps}: the gradient is "
                 f"not finite. Lower the learning rate (={self.recipe.lr:g}), or train in float32."
             )
-        with uninterrupted():
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.lr
-            self.optimizer.step()
-            advance(self.roster, self.step + 1)
-            self.optimizer.zero_grad(set_to_none=True)
-            self.step += 1
-        return norm
+
+    def update(self, norm: Tensor, loss: float, tokens: int) -> None:
+        """One step of the optimiser on the gradients that are there, and the next step is due.
+
+        Args:
+            norm: theirs.
+            loss, tokens: of what they are from.
+        """
+        if self.recipe.clip:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.recipe.clip, norm)
+        for group in self.optimizer.param_groups:
+            # Groups that learn faster than the recipe says do so by the same factor throughout.
+            share = group.setdefault("share", group["lr"] / self.recipe.lr)
+            group["lr"] = self.lr * share
+        self.optimizer.step()
+        advance(self.roster, self.step + 1, [self.adapter])
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.losses.append(loss)
+        self.tokens += tokens
+
+    def drop_gradients(self) -> None:
+        """Forget what the last backward passes gave."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def values(self) -> list[Tensor]:
+        """Copies of the adapter's tensors as they are now, on the CPU."""
+        return [p.detach().to("cpu", copy=True) for p in self.parameters]
+
+    @torch.no_grad()
+    def take(self, values: Sequence[Tensor]) -> None:
+        """Give the adapter's tensors these values."""
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything the next steps depend on: tensors by name, and values that JSON holds."""
+        tensors = {f"parameter.{n}": p.detach() for n, p in enumerate(self.parameters)}
+        plain: dict[str, dict[str, Any]] = {}
+        for n, entries in self.optimizer.state_dict()["state"].items():
+            for name, value in entries.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer.{n}.{name}"] = value
+                else:
+                    plain.setdefault(str(n), {})[name] = value
+        values: dict[str, Any] = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "losses": self.losses,
+            "optimizer": plain,
+        }
+        schedule = self.roster.schedules.get(self.adapter)
+        if schedule is not None:
+            more, values["schedule"] = schedule.state()
+            tensors |= {f"schedule.{name}": tensor for name, tensor in more.items()}
+        return tensors, values
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave.
+
+        Raises:
+            CheckpointError: it is another adapter's; nothing was changed.
+        """
+        own = [tensors.get(f"parameter.{n}") for n in range(len(self.parameters))]
+        fits = [
+            t is not None and t.shape == p.shape for t, p in zip(own, self.parameters, strict=True)
+        ]
+        if not all(fits):
+            raise CheckpointError(
+                f"adapter `{self.adapter}`: the checkpoint holds tensors of other shapes. Resume "
+                "with the base, the rank and the targets that the run began with."
+            )
+        self.take([t for t in own if t is not None])
+        whole = self.optimizer.state_dict()
+        entries: dict[int, dict[str, Any]] = {}
+        for key, tensor in tensors.items():
+            if key.startswith("optimizer."):
+                _, n, name = key.split(".", 2)
+                entries.setdefault(int(n), {})[name] = tensor
+        for n, plain in values["optimizer"].items():
+            entries.setdefault(int(n), {}).update(plain)
+        self.optimizer.load_state_dict({**whole, "state": entries})
+        if "schedule" in values:
+            schedule = _schedule_of(self)
+            device = self.parameters[0].device
+            more = {
+                key.removeprefix("schedule."): tensor.to(device)
+                for key, tensor in tensors.items()
+                if key.startswith("schedule.")
+            }
+            schedule.restore(more, values["schedule"])
+        self.step, self.tokens = values["step"], values["tokens"]
+        self.losses = list(values["losses"])
+
+
+def _schedule_of(lane: Lane) -> Any:
+    from multigraft.methods import METHODS
+
+    config = lane.roster.configs[lane.adapter]
+    made = METHODS[str(config.peft_type)].schedule(config)
+    return lane.roster.schedules.setdefault(lane.adapter, made)
 
 
 def order_of(lengths: Sequence[int], recipe: Recipe) -> Order:

@@ -6,7 +6,9 @@ The learning rate is a function of the step alone, so that a run can be taken up
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from multigraft.errors import ConfigError, did_you_mean
 
@@ -17,12 +19,13 @@ LARGEST_LR = 1e6
 
 @dataclass(frozen=True)
 class Recipe:
-    """AdamW with warm-up, a schedule and gradient clipping.
+    """An optimiser with warm-up, a schedule and gradient clipping.
 
     Args:
         epochs: passes over the data; ignored when ``steps`` is given.
         steps: optimiser steps.
-        batch_size: examples in a step.
+        batch_size: examples that run at once.
+        accumulate: how many such batches make one step of the optimiser.
         lr: peak learning rate.
         schedule: what follows the warm-up: ``"cosine"`` or ``"linear"`` to zero, or ``"constant"``.
         warmup: share of the steps over which the learning rate rises; from 1 on, their number.
@@ -30,6 +33,8 @@ class Recipe:
         clip: largest norm of the adapter's gradient; 0 clips nothing.
         group_by_length: put examples of about the same length into a batch.
         seed: decides the initial values, the order of the data and dropout.
+        optimizer: by name, see `multigraft.train.optimizer`.
+        optimizer_options: what it takes besides.
 
     Raises:
         ConfigError: a value is outside what its field allows.
@@ -38,6 +43,7 @@ class Recipe:
     epochs: float = 3.0
     steps: int | None = None
     batch_size: int = 8
+    accumulate: int = 1
     lr: float = 2e-4
     schedule: str = "cosine"
     warmup: float = 0.05
@@ -45,12 +51,15 @@ class Recipe:
     clip: float = 1.0
     group_by_length: bool = False
     seed: int = 0
+    optimizer: str = "adamw"
+    optimizer_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         at_least_one = "an integer of at least 1"
         _require("epochs", self.epochs, math.isfinite(self.epochs) and self.epochs > 0, "above 0")
         _require("steps", self.steps, self.steps is None or _is_count(self.steps), at_least_one)
         _require("batch_size", self.batch_size, _is_count(self.batch_size), at_least_one)
+        _require("accumulate", self.accumulate, _is_count(self.accumulate), at_least_one)
         _require("lr", self.lr, 0 < self.lr <= LARGEST_LR, f"above 0, up to {LARGEST_LR:g}")
         for name in ("warmup", "weight_decay", "clip"):
             value = getattr(self, name)
@@ -66,7 +75,7 @@ class Recipe:
         """Optimiser steps for a data set of this many examples."""
         if self.steps is not None:
             return self.steps
-        return max(1, math.ceil(self.epochs * examples / self.batch_size))
+        return max(1, math.ceil(self.epochs * examples / (self.batch_size * self.accumulate)))
 
     def lr_at(self, step: int, total: int) -> float:
         """Learning rate of step ``step`` (from 0) of ``total``."""

@@ -17,15 +17,16 @@ from multigraft import (
     TargetError,
     TrainingError,
 )
-from multigraft.train import FineTune, Recipe, load_model
+from multigraft.train import Job, Progress, Recipe, load_model
 from tests.tiny_base import chat_rows, pair_rows, write_lines
+from tests.train.jobs import one, only
 
 
 @pytest.fixture
 def job(base_dir, tmp_path):
-    """Makes a `FineTune` on the tiny base; keywords replace its fields."""
+    """Makes a `Job` of one adapter on the tiny base; keywords replace its fields."""
 
-    def make(rows=None, **changes) -> FineTune:
+    def make(rows=None, **changes) -> Job:
         fields = {
             "model": str(base_dir),
             "data": str(write_lines(tmp_path / "data.jsonl", rows or pair_rows())),
@@ -33,7 +34,7 @@ def job(base_dir, tmp_path):
             "config": LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"),
             "recipe": Recipe(steps=3, lr=1e-2),
         }
-        return FineTune(**{**fields, **changes})
+        return one(**{**fields, **changes})
 
     return make
 
@@ -48,7 +49,7 @@ def logits(model) -> torch.Tensor:
 @pytest.mark.parametrize("library", ["multigraft", "peft"])
 def test_what_is_saved_loads_and_acts_as_trained(job, rows, library):
     ready = job(rows).prepare()
-    outcome = ready.run()
+    outcome = only(ready.run())
     klass = PeftModel if library == "multigraft" else pytest.importorskip("peft").PeftModel
     base = load_model(ready.job.model)
     untouched = logits(base)
@@ -67,26 +68,26 @@ def test_the_base_is_as_it_was(job, base_dir):
 
 
 def test_another_name_than_default_gets_a_subfolder(job, tmp_path):
-    outcome = job(adapter="dates").prepare().run()
+    outcome = only(job(name="dates").prepare().run())
     assert outcome.folder == tmp_path / "out" / "dates"
     assert (outcome.folder / "adapter_model.safetensors").is_file()
 
 
 def test_held_out_data_is_measured_before_and_after(job, tmp_path):
     held_out = str(write_lines(tmp_path / "held.jsonl", [*pair_rows()[:3], *chat_rows()[:1]]))
-    outcome = job(eval_data=held_out, recipe=Recipe(steps=20, lr=1e-2)).prepare().run()
+    outcome = only(job(eval_data=held_out, recipe=Recipe(steps=20, lr=1e-2)).prepare().run())
     before, after = outcome.eval_loss
     assert after < before
     assert all(0.0 <= share <= 1.0 for share in outcome.exact_match)
 
 
 def test_without_held_out_data_nothing_is_measured(job):
-    outcome = job().prepare().run()
+    outcome = only(job().prepare().run())
     assert (outcome.eval_loss, outcome.exact_match) == (None, None)
 
 
 def test_an_adapter_that_is_there_is_kept_unless_it_may_be_replaced(job):
-    first = job().prepare().run().folder / "adapter_model.safetensors"
+    first = only(job().prepare().run()).folder / "adapter_model.safetensors"
     kept = first.read_bytes()
     with pytest.raises(TrainingError, match=r"holds an adapter already.*--overwrite"):
         job().prepare()
@@ -101,7 +102,7 @@ def test_bad_lines_can_be_left_out_and_are_reported(job):
         job(rows).prepare()
     ready = job(rows, on_bad_line="skip").prepare()
     assert [line.line for line in ready.bad] == [1]
-    assert len(ready.lane.examples) == len(pair_rows())
+    assert len(ready.entrants[0].lane.examples) == len(pair_rows())
 
 
 def test_examples_that_are_cut_are_counted(job):
@@ -123,7 +124,7 @@ def test_an_example_of_more_tokens_than_the_model_has_positions_is_refused(job):
         ({"data": "nope.jsonl"}, DataError, "nope.jsonl cannot be read"),
         ({"eval_data": "nope.jsonl"}, DataError, "nope.jsonl cannot be read"),
         ({"model": "./nope"}, CheckpointError, "no such directory"),
-        ({"adapter": "a/b"}, AdapterNameError, "a/b"),
+        ({"name": "a/b"}, AdapterNameError, "a/b"),
         (
             {"config": LoraConfig(target_modules=["q_porj"])},
             TargetError,
@@ -163,7 +164,7 @@ class Stop:
         self.step = step
 
     def __call__(self, now) -> None:
-        if now.step == self.step:
+        if isinstance(now, Progress) and now.step == self.step:
             raise KeyboardInterrupt
 
 
@@ -173,40 +174,52 @@ def interrupted(ready, after: int = 2) -> str:
     return ready.rescue()
 
 
-def test_an_interrupted_run_saves_what_it_has_learned(job, base_dir):
+def test_an_interrupted_run_saves_what_it_has_learned_and_says_how_to_go_on(job, base_dir):
     ready = job().prepare()
-    assert interrupted(ready) == (
-        f"the adapter as it was after 2 of 3 steps is saved in {ready.job.folder}"
+    said = interrupted(ready)
+    folder = Path(ready.job.output, "checkpoints", "round-000002")
+    assert said == (
+        f"everything as it was after 2 rounds is saved in {folder}. The same command with --resume "
+        "goes on from there"
     )
-    loaded = PeftModel.from_pretrained(load_model(base_dir), ready.job.folder)
+    loaded = PeftModel.from_pretrained(load_model(base_dir), folder / "default")
     assert torch.equal(logits(loaded), logits(ready.model))
 
 
 def test_an_interrupted_run_never_replaces_an_adapter(job):
-    kept = (job().prepare().run().folder / "adapter_model.safetensors").read_bytes()
+    folder = only(job().prepare().run()).folder
+    kept = (folder / "adapter_model.safetensors").read_bytes()
     ready = job(overwrite=True, recipe=Recipe(steps=3, seed=9)).prepare()
-    assert interrupted(ready).endswith("the 2 of 3 steps that were made are lost")
-    assert (ready.job.folder / "adapter_model.safetensors").read_bytes() == kept
+    assert interrupted(ready).endswith("goes on from there")
+    assert (folder / "adapter_model.safetensors").read_bytes() == kept
 
 
-def test_a_run_interrupted_before_its_first_step_saves_nothing(job, monkeypatch):
+def test_an_unfinished_run_is_not_begun_anew_by_mistake(job):
+    interrupted(job().prepare())
+    with pytest.raises(TrainingError, match=r"holds an unfinished run. Go on with --resume"):
+        job().prepare()
+    job(overwrite=True).prepare()
+
+
+def test_a_run_interrupted_before_its_first_step_saves_nothing(job):
     ready = job().prepare()
     assert ready.rescue() == "no step was made, and nothing was saved"
-    assert not ready.job.folder.exists()
+    assert not Path(ready.job.output).exists()
 
 
-def test_a_run_interrupted_in_its_last_evaluation_is_saved(job, tmp_path, monkeypatch):
-    ready = job(eval_data=str(write_lines(tmp_path / "held.jsonl", pair_rows()[:1]))).prepare()
-    measured = []
+def test_a_run_interrupted_in_its_last_answers_is_saved(job, tmp_path, monkeypatch):
+    held_out = str(write_lines(tmp_path / "held.jsonl", pair_rows()[:1]))
+    ready = job(eval_data=held_out).prepare()
+    answered = []
 
-    def loss(model) -> float:
-        if measured:
+    def answers(model) -> list:
+        if answered:
             raise KeyboardInterrupt
-        measured.append(model)
-        return 0.0
+        answered.append(model)
+        return []
 
-    monkeypatch.setattr(ready.held_out, "loss", loss)
+    monkeypatch.setattr(ready.entrants[0].held_out, "answers", answers)
     with pytest.raises(KeyboardInterrupt):
         ready.run()
-    assert ready.rescue().startswith(f"the adapter is saved in {ready.job.folder}")
-    assert Path(ready.job.folder, "adapter_config.json").is_file()
+    assert ready.rescue().startswith(f"all adapters are saved in {ready.job.output}")
+    assert Path(ready.job.output, "adapter_config.json").is_file()

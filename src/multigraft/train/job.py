@@ -1,0 +1,278 @@
+"""A whole job on the user's own files: check, load, train, evaluate, save."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from multigraft.config import PeftConfig
+from multigraft.containers import check_name
+from multigraft.errors import CheckpointError, ConfigError, TrainingError
+from multigraft.model import PeftModel
+from multigraft.train.dataset import DataSet, Loaded, Split, load_data, records_of
+from multigraft.train.entrant import Entrant
+from multigraft.train.formats import AUTO
+from multigraft.train.lane import Lane
+from multigraft.train.load import attach, load_tokenizer, pad_token
+from multigraft.train.outcome import Prepared
+from multigraft.train.output import check_output, refuse_to_replace
+from multigraft.train.packing import check_packing
+from multigraft.train.recipe import Recipe
+from multigraft.train.saves import Saves
+from multigraft.train.store import lengths_of
+from multigraft.train.tasks import Task
+from multigraft.train.tasks.causal_lm import CausalLM
+from multigraft.train.watch import HeldOut, Watch
+
+
+@dataclass(frozen=True)
+class AdapterJob:
+    """One adapter of a job.
+
+    Args:
+        data: a file, a directory or an id on the hub; see `multigraft.train.data`.
+        config: what to graft, e.g. a `LoraConfig`.
+        recipe: how to train it.
+        name: of the adapter; one of another name than ``default`` goes into a subfolder.
+        eval_data: the same as ``data``, to measure on.
+        eval_split: in its place, the share of the data that is held out; see `Split`.
+        watch: when it is measured, and what follows.
+        format: how the rows are written; ``"auto"`` goes by their keys.
+        packing: several examples in a row of ``max_length`` tokens, none of which sees another.
+        max_length: longest example in tokens; longer ones are cut.
+        on_bad_line: ``"skip"`` leaves lines out that cannot be used, ``"fail"`` stops.
+    """
+
+    data: str
+    config: PeftConfig
+    recipe: Recipe = field(default_factory=Recipe)
+    name: str = "default"
+    eval_data: str | None = None
+    eval_split: float | None = None
+    watch: Watch = field(default_factory=Watch)
+    format: str = AUTO
+    packing: bool = False
+    max_length: int = 1024
+    on_bad_line: str = "fail"
+
+    @property
+    def sources(self) -> list[str]:
+        """Everything that is read."""
+        return [self.data] if self.eval_data is None else [self.data, self.eval_data]
+
+    def load_data(self, tokenizer: Any, task: Task) -> tuple[Loaded, DataSet | None]:
+        """The data, and what is held out; the bad lines of both are in the first.
+
+        Raises:
+            ConfigError: two ways of holding examples out are named.
+            DataError: a source cannot be read, or holds nothing to use.
+        """
+        split = None if self.eval_split is None else Split(self.eval_split, self.recipe.seed)
+        if split is not None and self.eval_data is not None:
+            raise ConfigError("give `eval_split` or `eval_data`, not both.")
+        load = partial(
+            load_data,
+            tokenizer=tokenizer,
+            max_length=self.max_length,
+            format=self.format,
+            on_bad_line=self.on_bad_line,
+            task=task,
+        )
+        data = load(self.data, split=split)
+        if self.eval_data is None:
+            return data, data.held_out if split is not None else None
+        beside = load(self.eval_data, keep_records=True)
+        data.bad += beside.bad
+        data.cut += beside.cut
+        return data, beside.train
+
+
+@dataclass(frozen=True)
+class Job:
+    """Adapters on one base, each from its own data, all in one run.
+
+    Args:
+        model: the base model, a directory or an id on the hub.
+        output: directory for the adapters, their logs and the run's checkpoints.
+        adapters: at least one, with different names.
+        task: what they learn.
+        dtype, device, quantize: of the base; see `multigraft.train.load_model`.
+        gradient_checkpointing: compute activations again in the backward pass, to save memory.
+        save_every: rounds between two checkpoints; 0 writes none.
+        keep: how many checkpoints are kept while the run lasts.
+        overwrite: replace adapters that lie in ``output`` already.
+        resume: go on from the last checkpoint in ``output``.
+    """
+
+    model: str
+    output: str
+    adapters: Sequence[AdapterJob]
+    task: Task = field(default_factory=CausalLM)
+    dtype: str = "auto"
+    device: str = "auto"
+    quantize: str | None = None
+    gradient_checkpointing: bool = False
+    save_every: int = 500
+    keep: int = 2
+    overwrite: bool = False
+    resume: bool = False
+
+    def folder(self, name: str) -> Path:
+        """Where an adapter's own files go."""
+        root = Path(self.output)
+        return root if name == "default" else root / name
+
+    def prepare(self) -> Prepared:
+        """Everything that can fail before training does: files, data, model, targets.
+
+        Raises:
+            MultigraftError: whichever of them does not fit; the output is untouched.
+        """
+        self._check_names()
+        folders = [self.folder(adapter.name) for adapter in self.adapters]
+        if not self.resume:
+            refuse_to_replace(folders, Path(self.output), self.overwrite)
+        for folder in folders:
+            check_output(folder)
+        tokenizer = load_tokenizer(self.model)
+        task = self.task.settled(self._records(self.task))
+        data = [adapter.load_data(tokenizer, task) for adapter in self.adapters]
+        base = task.load(self.model, dtype=self.dtype, device=self.device, quantize=self.quantize)
+        for adapter, (own, held_out) in zip(self.adapters, data, strict=True):
+            _check_lengths(own.train, held_out, base, adapter.max_length)
+        model = self._attach(base, task)
+        entrants = [
+            self._entrant(adapter, model, tokenizer, task, own.train, held_out)
+            for adapter, (own, held_out) in zip(self.adapters, data, strict=True)
+        ]
+        bad = [line for own, _ in data for line in own.bad]
+        cut = sum(own.cut for own, _ in data)
+        saves = Saves(Path(self.output), self._asked(entrants), self.save_every, self.keep)
+        found = self._found(saves) if self.resume else None
+        return Prepared(self, model, tokenizer, entrants, saves, bad, cut, found)
+
+    def _records(self, task: Task) -> Iterator[Any]:
+        for adapter in self.adapters:
+            yield from records_of(adapter.sources, task, adapter.format)
+
+    def _attach(self, base: nn.Module, task: Task) -> PeftModel:
+        if self.gradient_checkpointing:
+            _checkpoint(base)
+        if self.quantize is not None:
+            from multigraft.kbit import prepare_model_for_kbit_training
+
+            prepare_model_for_kbit_training(
+                base, use_gradient_checkpointing=self.gradient_checkpointing
+            )
+        grown: nn.Module = base
+        for adapter in self.adapters:
+            seed, kind = adapter.recipe.seed, task.task_type
+            grown = attach(grown, adapter.config, adapter.name, seed, task_type=kind)
+        assert isinstance(grown, PeftModel)  # there is at least one adapter
+        return grown
+
+    def _entrant(
+        self,
+        adapter: AdapterJob,
+        model: PeftModel,
+        tokenizer: Any,
+        task: Task,
+        train: DataSet,
+        held_out: DataSet | None,
+    ) -> Entrant:
+        pad, pack_to = pad_token(tokenizer), adapter.max_length if adapter.packing else 0
+        if adapter.packing:
+            if not task.packs:
+                raise ConfigError(
+                    f"`packing`: examples of the task {task.name} each need a row of their own. "
+                    "Leave it out; `group_by_length` saves padding."
+                )
+            check_packing(model, train.examples, pad)
+        recipe = adapter.recipe
+        lane = Lane(model, adapter.name, train.examples, recipe, pad, pack_to, task)
+        measure = None
+        if held_out is not None:
+            measure = HeldOut(task, held_out.examples, tokenizer, held_out.records)
+        return Entrant(lane, measure, adapter.watch)
+
+    def _asked(self, entrants: Sequence[Entrant]) -> dict[str, Any]:
+        """What every step follows from, as JSON holds it."""
+        adapters = {}
+        for adapter, entrant in zip(self.adapters, entrants, strict=True):
+            lengths = lengths_of(entrant.lane.examples)
+            adapters[adapter.name] = {
+                "data": {"examples": len(lengths), "tokens": sum(lengths)},
+                "config": _plain(adapter.config.to_dict()),
+                "recipe": _plain(dataclasses.asdict(adapter.recipe)),
+                "watch": dataclasses.asdict(adapter.watch),
+                "packing": adapter.packing,
+                "max_length": adapter.max_length,
+            }
+        return {"task": self.task.name, "quantize": self.quantize, "adapters": adapters}
+
+    def _found(self, saves: Saves) -> Any:
+        found = saves.latest()
+        if found is None:
+            raise CheckpointError(
+                f"{self.output}: there is no checkpoint to resume from. Start without --resume "
+                "(resume=False); `save_every` says how often one is written."
+            )
+        return found
+
+    def _check_names(self) -> None:
+        if not self.adapters:
+            raise ConfigError("`adapters`: a run needs at least one.")
+        names = [check_name(adapter.name) for adapter in self.adapters]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"`adapters`: two are called `{twice}`. Give each a name of its own.")
+        if self.save_every < 0 or self.keep < 1:
+            raise ConfigError(
+                f"`save_every` (={self.save_every}) must be at least 0 and `keep` (={self.keep}) "
+                "at least 1."
+            )
+
+
+def _checkpoint(base: nn.Module) -> None:
+    """Let a base compute activations again, its frozen embeddings notwithstanding.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    enable = getattr(base, "gradient_checkpointing_enable", None)
+    if enable is None or not getattr(base, "supports_gradient_checkpointing", True):
+        raise ConfigError(
+            f"`gradient_checkpointing`: {type(base).__name__} does not support it. Leave it out, "
+            "and lower `batch_size`."
+        )
+    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _check_lengths(
+    train: DataSet, held_out: DataSet | None, base: nn.Module, max_length: int
+) -> None:
+    """Fail when an example has more tokens than the model has positions for."""
+    longest = max(max(lengths_of(d.examples)) for d in (train, held_out) if d is not None)
+    limit = getattr(getattr(base, "config", None), "max_position_embeddings", None)
+    if limit and longest > limit:
+        raise TrainingError(
+            f"the longest example has {longest} tokens and the model takes {limit}. Lower "
+            f"`max_length` (={max_length}) to that, and longer examples are cut."
+        )
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON holds it: sets in order, and whatever else it knows not as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

@@ -1,0 +1,57 @@
+"""Optimisers by name: one entry each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from multigraft.errors import ConfigError
+from multigraft.registry import Registry
+
+Make = Callable[..., torch.optim.Optimizer]
+"""Called with the parameters, ``lr``, ``weight_decay`` and options."""
+
+OPTIMIZERS: Registry[Make] = Registry("optimizer")
+
+
+def make(
+    name: str,
+    parameters: Sequence[nn.Parameter],
+    *,
+    lr: float,
+    weight_decay: float,
+    options: Mapping[str, Any],
+) -> torch.optim.Optimizer:
+    """The optimiser of that name over one adapter's parameters.
+
+    Raises:
+        ConfigError: it does not take these options.
+        UnsupportedError: there is no such optimiser.
+    """
+    factory = OPTIMIZERS[name]
+    try:
+        return factory(list(parameters), lr=lr, weight_decay=weight_decay, **options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"`optimizer_options` (={dict(options)!r}): {name} does not take them ({error})."
+        ) from error
+
+
+def _adamw(parameters: list[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
+    # One kernel for all tensors, wherever torch has it.
+    return torch.optim.AdamW(parameters, **{"fused": _can_fuse(parameters), **options})
+
+
+def _can_fuse(parameters: Sequence[nn.Parameter]) -> bool:
+    return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+
+
+def _sgd(parameters: list[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, **options)
+
+
+OPTIMIZERS.register("adamw", _adamw)
+OPTIMIZERS.register("sgd", _sgd)
