@@ -10,6 +10,7 @@
     ├── RoutingError (ValueError)       a mixed batch whose rows cannot be served
     ├── UnsupportedError (ValueError)   a thing that we know and do not do
     ├── CheckpointError (RuntimeError)  files that are damaged or that fit another model
+    │   └── SourceError (ValueError)    files that are not where they are said to be
     ├── DataError (ValueError)          training data that cannot be used, line by line
     ├── TrainingError (RuntimeError)    a training run that cannot begin or go on
     └── MissingExtraError (ImportError) an optional package that is not installed
@@ -61,6 +62,13 @@ class UnsupportedError(MultigraftError, ValueError):
 
 class CheckpointError(MultigraftError, RuntimeError):
     """An adapter's files are incomplete, damaged, or belong to another base model."""
+
+
+class SourceError(CheckpointError, ValueError):
+    """Files cannot be had from, or brought to, a folder or the hub. (PEFT raises `ValueError`.)"""
+
+    lacks_file = False
+    """Whether the place is there, as far as is known, and the file is not."""
 
 
 class DataError(MultigraftError, ValueError):
