@@ -26,6 +26,7 @@ FOUNDATIONS = {
     "defaults": ("errors",),
     "fields": ("errors", "expressions"),
     "expressions": (),
+    "draws": ("errors", "kernels"),
     "config": ("errors", "registry", "fields", "reading", "atomic", "checkpoint"),
     "reading": ("errors",),
     "site": ("bases", "storage"),
@@ -33,7 +34,10 @@ FOUNDATIONS = {
 """What every layer may import, and all that each of these may import itself: none reaches the
 wrapper or the model. `defaults` is a table of names by architecture, data and one look-up, which a
 method's contract points at; `config` opens files only in the functions that read or write them."""
-CLI_MODULES = ("demo", "train", "errors", "exchange", "inspection", "report")
+CLI_MODULES = (
+    *("demo", "train", "errors", "exchange", "inspection", "report", "combine", "generation"),
+    "merging",
+)
 FILE_CEILING = 400
 FUNCTION_CEILING = 50
 OVERLONG_SHARE = 0.03

@@ -36,12 +36,14 @@ def merge(
     *,
     safe: bool = False,
     keep_original: bool = True,
+    layers: Sequence[AdaptedLayer] | None = None,
 ) -> list[Loss]:
     """Merge adapters (the active ones by default) at all their sites, or at none.
 
     Args:
         safe: also check the merged tensors, not only what is added, for NaN and infinity.
         keep_original: keep the base's tensors for an exact unmerge.
+        layers: only at these; layers that share a weight go together.
 
     Returns:
         What lossy storages lost, tensor by tensor; a warning names the largest.
@@ -64,7 +66,7 @@ def merge(
     if again:
         raise StateError(f"adapters {again} are merged already; unmerge_adapter() takes them out.")
     roster.need(names)
-    layers = roster.touched(names)
+    layers = roster.touched(names) if layers is None else layers
     incoming = {id(x): [g for n in names for g in x.grafts.get(n, ())] for x in layers}
     for layer in layers:
         _check(layer, incoming[id(layer)], keep_original)

@@ -15,6 +15,7 @@ from multigraft.cli.doctor import doctor
 from multigraft.cli.export import export
 from multigraft.cli.inspect import inspect
 from multigraft.cli.interrupted import EXIT_CODE, Interrupted
+from multigraft.cli.merge import merge
 from multigraft.cli.preview import preview
 from multigraft.cli.quickstart import quickstart
 from multigraft.cli.quiet import hush, one_line_warnings
@@ -83,5 +84,6 @@ app.command()(targets)
 app.command()(diff)
 app.command()(report)
 app.command()(doctor)
+app.command()(merge)
 app.command()(export)
 app.command()(convert)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,10 +14,14 @@ from multigraft.errors import CheckpointError, MissingExtraError
 from multigraft.train.load import fetch
 
 
-def load_skeleton(source: str | os.PathLike[str]) -> nn.Module:
+def load_skeleton(source: str | os.PathLike[str], *, with_buffers: bool = False) -> nn.Module:
     """The model that a directory or an id on the hub describes, on the meta device.
 
     No code that lies beside the config is run, and no weights are read.
+
+    Args:
+        with_buffers: only the parameters are on the meta device; what modules compute for
+            themselves (rotary frequencies) has its values.
 
     Raises:
         CheckpointError: there is no config there, or it describes no model that is known.
@@ -30,7 +36,7 @@ def load_skeleton(source: str | os.PathLike[str]) -> nn.Module:
     read = transformers.AutoConfig.from_pretrained
     config = fetch(source, "config", read, trust_remote_code=False)
     try:
-        with torch.device("meta"):
+        with parameters_on_meta() if with_buffers else torch.device("meta"):
             model: nn.Module = model_class(config)(config)
     except Exception as error:  # whatever an architecture trips over when a number makes no sense
         raise CheckpointError(
@@ -38,6 +44,26 @@ def load_skeleton(source: str | os.PathLike[str]) -> nn.Module:
         ) from error
     model.name_or_path = os.fspath(source)  # type: ignore[assignment]
     return model.eval()
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules made in the block have their parameters on the meta device, and real buffers.
+
+    A weight is allocated for a moment and never written to, so it takes no memory.
+    """
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:  # a tied one stays the same object
+            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def load_base(source: str | os.PathLike[str], *, dtype: str = "auto") -> nn.Module:
