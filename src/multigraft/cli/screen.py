@@ -12,7 +12,7 @@ from rich.progress import Progress as Bars
 from rich.tree import Tree
 
 from multigraft.inspection import Node, Structure, outline
-from multigraft.train import OnStep, Progress
+from multigraft.train import Evaluated, Event, Finished, OnEvent, Progress, Saved
 
 PLAIN_LINES = 10
 """How many lines a run of one adapter prints where there is no terminal."""
@@ -49,8 +49,8 @@ def tree(structure: Structure) -> Tree:
 
 
 @contextmanager
-def live(console: Console, adapters: Sequence[str]) -> Iterator[OnStep]:
-    """A callback for training that shows where each of these adapters is."""
+def live(console: Console, adapters: Sequence[str]) -> Iterator[OnEvent]:
+    """A callback for training that shows where each of these adapters is, and what it came to."""
     if not console.is_terminal:
         yield _plain(console)
         return
@@ -67,12 +67,19 @@ def live(console: Console, adapters: Sequence[str]) -> Iterator[OnStep]:
             name: bars.add_task(name, start=False, total=None, facts="waiting") for name in adapters
         }
 
-        def show(now: Progress) -> None:
-            row = rows[now.adapter]
-            bars.start_task(row)
-            bars.update(row, total=now.steps, completed=now.step, facts=_facts(now))
-            if now.step == now.steps:
-                bars.stop_task(row)
+        def show(now: Event) -> None:
+            if isinstance(now, Progress):
+                row = rows[now.adapter]
+                bars.start_task(row)
+                bars.update(row, total=now.steps, completed=now.step, facts=_facts(now))
+                if now.step == now.steps:
+                    bars.stop_task(row)
+                return
+            said = _said(now)
+            if said:
+                console.print(said, markup=False, soft_wrap=True)
+            if isinstance(now, Finished):
+                bars.stop_task(rows[now.adapter])
 
         yield show
 
@@ -92,15 +99,31 @@ def _facts(now: Progress) -> str:
     return f"loss {now.loss:.4f}  {now.tokens_per_second:,.0f} tokens/s{left}"
 
 
-def _plain(console: Console) -> OnStep:
-    said = 0.0
+def _said(now: Event) -> str:
+    """A line for what happens besides steps; empty where it goes without saying."""
+    if isinstance(now, Evaluated):
+        values = "  ".join(f"{name} {value:.4f}" for name, value in now.values.items())
+        best = "  (the best so far)" if now.is_best and now.step else ""
+        return f"{now.adapter}: step {now.step}/{now.steps}  held-out {values}{best}"
+    if isinstance(now, Finished) and now.why == "stopped":
+        return f"{now.adapter}: no better evaluation came; stopped, step {now.kept} is kept"
+    if isinstance(now, Finished) and now.why == "failed":
+        return f"{now.adapter}: failed, and is left as it was after step {now.kept}"
+    return f"checkpoint {now.folder}" if isinstance(now, Saved) else ""
 
-    def show(now: Progress) -> None:
-        nonlocal said
+
+def _plain(console: Console) -> OnEvent:
+    last_said: dict[str, float] = {}
+
+    def show(now: Event) -> None:
+        if not isinstance(now, Progress):
+            if _said(now):
+                console.print(_said(now), markup=False, soft_wrap=True)
+            return
         each = max(1, now.steps // PLAIN_LINES)
-        is_due = now.step % each == 0 or now.seconds - said >= PLAIN_SECONDS
-        if now.step in (1, now.steps) or is_due:
-            said = now.seconds
+        is_due = now.seconds - last_said.get(now.adapter, 0.0) >= PLAIN_SECONDS
+        if now.step in (1, now.steps) or now.step % each == 0 or is_due:
+            last_said[now.adapter] = now.seconds
             console.print(
                 f"{now.adapter}: step {now.step}/{now.steps}  {_facts(now)}",
                 markup=False,

@@ -1,80 +1,31 @@
-"""``multigraft train``: one adapter on your own base model, from your own file."""
+"""``multigraft train``: adapters on your own base model, from your own files, in one run."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
-from multigraft import LoraConfig
+from multigraft.cli.flags import given, with_flags
 from multigraft.cli.interrupted import Interrupted
 from multigraft.cli.screen import duration, heading, live, screen
-from multigraft.cli.spec import names_or_expression
-from multigraft.train import SCHEDULES, AdapterJob, Job, Outcome, Progress, Recipe, formats
+from multigraft.train import Job, Outcome, Prepared
+from multigraft.train.spec import RunSpec, job_of, read_run
 
 
-def train(
-    model: Annotated[str, typer.Option(help="Base model: a directory, or an id on the hub.")],
-    data: Annotated[
-        str,
-        typer.Option(
-            help="JSONL, JSON, CSV, Parquet or text file, a directory, or an id on the hub."
-        ),
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the adapter.")],
-    adapter_name: Annotated[
-        str, typer.Option(help="Its name; one other than `default` gets a subfolder.")
-    ] = "default",
-    rank: Annotated[int, typer.Option("--rank", "-r", help="Rank of the low-rank update.")] = 16,
-    alpha: Annotated[
-        float | None,
-        typer.Option(help="The update is scaled by alpha / rank. [default: twice the rank]"),
+def _train(
+    file: Annotated[
+        Path | None, typer.Argument(help="A run's YAML file; flags win over what it says.")
     ] = None,
-    dropout: Annotated[float, typer.Option(help="Dropout of the adapter's input.")] = 0.0,
-    target_modules: Annotated[
-        str, typer.Option(help="Names, separated by commas; or one regular expression.")
-    ] = "all-linear",
-    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 3.0,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps, in place of epochs.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples in a step.")] = 8,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-4,
-    schedule: Annotated[str, typer.Option(help=f"One of {', '.join(SCHEDULES)}.")] = "cosine",
-    warmup: Annotated[
-        float, typer.Option(help="Share of the steps, or from 1 on their number.")
-    ] = 0.05,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = 0.0,
-    max_length: Annotated[int, typer.Option(min=2, help="Longer examples are cut.")] = 1024,
-    format: Annotated[str, typer.Option(help=f"Of the data: {', '.join(formats())}.")] = "auto",
-    packing: Annotated[
-        bool, typer.Option("--packing", help="Several examples in a row; none sees another.")
-    ] = False,
-    group_by_length: Annotated[
-        bool, typer.Option("--group-by-length", help="Examples of like length share a batch.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Initial values, order and dropout.")] = 0,
-    eval_data: Annotated[
-        str | None, typer.Option(help="Data to measure on, before and after.")
-    ] = None,
-    eval_split: Annotated[
-        float | None, typer.Option(help="Share of the data to hold out for that, e.g. 0.1.")
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Of the base: auto, float32, bfloat16 or float16.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")] = "auto",
-    on_bad_line: Annotated[
-        str, typer.Option(help="Where a line cannot be used: fail, or skip it.")
-    ] = "fail",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an adapter that is there already.")
-    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    flags: Any = None,
 ) -> None:
-    """Fine-tune a LoRA adapter on your data; the base stays as it is.
+    """Fine-tune adapters on your data, one or several in one run; the base stays as it is.
 
     Rows look like `{"prompt": "…", "completion": "…"}`, used as they stand, or like
     `{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}`, which
@@ -82,89 +33,87 @@ def train(
     Loss is on the completion and the assistant's turns: `multigraft preview` shows it.
 
     Example: `multigraft train --model Qwen/Qwen3-0.6B --data pairs.jsonl --output my-adapter`
+
+    Example: `multigraft train run.yaml --lr 1e-4 --sweep rank=[8,16]`
     """
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank if alpha is None else alpha,
-        lora_dropout=dropout,
-        target_modules=names_or_expression([target_modules]),
-        task_type="CAUSAL_LM",
-    )
-    recipe = Recipe(
-        epochs=epochs,
-        steps=steps,
-        batch_size=batch_size,
-        lr=lr,
-        schedule=schedule,
-        warmup=warmup,
-        weight_decay=weight_decay,
-        group_by_length=group_by_length,
-        seed=seed,
-    )
-    adapter = AdapterJob(
-        data=data,
-        config=config,
-        recipe=recipe,
-        name=adapter_name,
-        eval_data=eval_data,
-        eval_split=eval_split,
-        format=format,
-        packing=packing,
-        max_length=max_length,
-        on_bad_line=on_bad_line,
-    )
-    job = Job(model, str(output), (adapter,), dtype=dtype, device=device, overwrite=overwrite)
+    job = job_of(read_run(file, given(RunSpec, flags)))
     console, start = screen(quiet=quiet), time.monotonic()
-    (outcome,) = _run(console, job)
-    _summary(console, job, outcome, time.monotonic() - start)
+    outcomes = _run(console, job)
+    _summary(console, job, outcomes, time.monotonic() - start)
+
+
+train = with_flags(RunSpec, _train)
+train.__name__ = "train"
 
 
 def _run(console: Console, job: Job) -> list[Outcome]:
     with console.status("Reading the data and loading the base model"):
         ready = job.prepare()
-    trainable, total = ready.model.get_nb_trainable_parameters()
-    adapter, lane = job.adapters[0], ready.entrants[0].lane
-    heading(console, f"Training `{adapter.name}` on {job.model}")
-    packs = lane.packs
-    rows = "" if packs is None else f" packed into {len(packs):,} rows"
-    console.print(
-        f"{len(lane.examples):,} examples{rows}, {lane.steps:,} steps of "
-        f"{adapter.recipe.batch_size}; {trainable:,} trainable of {total:,} parameters"
-    )
-    for line in ready.bad:
-        console.print(f"[yellow]left out[/] {escape(str(line))}")
-    if ready.cut:
-        console.print(
-            f"[yellow]{ready.cut} examples are longer than {adapter.max_length} tokens and were cut[/]"
-        )
-    console.print()
+    names = [entrant.name for entrant in ready.entrants]
+    several = f"{len(names)} adapters" if len(names) > 1 else f"`{names[0]}`"
+    heading(console, f"Training {several} on {job.model}")
+    _introduce(console, ready)
     try:
-        with live(console, [adapter.name]) as on_step:
-            return ready.run(lambda now: on_step(now) if isinstance(now, Progress) else None)
+        with live(console, names) as on_event:
+            return ready.run(on_event)
     except KeyboardInterrupt:
         raise Interrupted(ready.rescue()) from None
 
 
-def _summary(console: Console, job: Job, outcome: Outcome, seconds: float) -> None:
+def _introduce(console: Console, ready: Prepared) -> None:
+    for entrant in ready.entrants:
+        lane = entrant.lane
+        rows = "" if lane.packs is None else f" packed into {len(lane.packs):,} rows"
+        batch = f"{lane.recipe.batch_size}" + (
+            f" x {lane.recipe.accumulate}" if lane.recipe.accumulate > 1 else ""
+        )
+        own = sum(parameter.numel() for parameter in lane.parameters)
+        done = f", of which {lane.step:,} are made" if lane.step else ""
+        console.print(
+            f"{escape(lane.adapter)}: {len(lane.examples):,} examples{rows}, {lane.steps:,} steps "
+            f"of {batch}{done}; {own:,} parameters",
+            soft_wrap=True,
+        )
+    total = sum(p.numel() for p in ready.model.parameters())
+    console.print(f"the base with all adapters has {total:,} parameters")
+    for line in ready.bad:
+        console.print(f"[yellow]left out[/] {escape(str(line))}")
+    if ready.cut:
+        console.print(f"[yellow]{ready.cut} examples are longer than `max_length` and were cut[/]")
+    console.print()
+
+
+def _summary(console: Console, job: Job, outcomes: list[Outcome], seconds: float) -> None:
     heading(console, "Summary")
-    last = outcome.losses[-10:]
+    table = Table("adapter", "steps", "loss", "held-out loss", "exact match", "saved in", box=None)
+    for each in outcomes:
+        last = each.losses[-10:]
+        loss = f"{each.losses[0]:.4f} → {sum(last) / len(last):.4f}" if last else "–"
+        pair = each.eval_loss
+        held_out = "–" if pair is None else f"{pair[0]:.4f} → {pair[1]:.4f}"
+        match = each.exact_match
+        right = "–" if match is None else f"{match[0]:.1%} → {match[1]:.1%}"
+        steps = f"{len(each.losses):,}" + (" (stopped early)" if each.why == "stopped" else "")
+        if each.kept_step != len(each.losses):
+            steps += f", kept {each.kept_step:,}"
+        table.add_row(each.name, steps, loss, held_out, right, escape(str(each.folder)))
+    console.print(table)
     console.print(
-        f"loss         {outcome.losses[0]:.4f} at the first step, {sum(last) / len(last):.4f} as "
-        f"the mean of the last {len(last)}"
+        "\nLoss: of the first step, and the mean of the last ten. Held-out: before training, and "
+        "of what was saved."
     )
-    if outcome.eval_loss is not None and outcome.exact_match is not None:
-        before, after = outcome.eval_loss
-        console.print(f"held-out     loss {before:.4f} before, {after:.4f} after")
-        before, after = outcome.exact_match
-        console.print(f"exact match  {before:.1%} before, {after:.1%} after")
-    console.print(f"time         {duration(seconds)}")
-    console.print(f"saved in     {escape(str(outcome.folder))}")
+    console.print(f"Time: {duration(seconds)}")
     heading(console, "Load it")
+    first = outcomes[0]
+    named = "" if first.name == "default" else f", adapter_name={first.name!r}"
+    more = "".join(
+        f"\nmodel.load_adapter({str(each.folder)!r}, {each.name!r})" for each in outcomes[1:3]
+    )
     console.print(
         "from transformers import AutoModelForCausalLM\n"
         "from multigraft import PeftModel  # or: from peft import PeftModel\n\n"
         f"base = AutoModelForCausalLM.from_pretrained({job.model!r})\n"
-        f"model = PeftModel.from_pretrained(base, {str(outcome.folder)!r})",
+        f"model = PeftModel.from_pretrained(base, {str(first.folder)!r}{named}){more}",
         markup=False,
         soft_wrap=True,
     )
