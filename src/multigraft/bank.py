@@ -16,7 +16,7 @@ from torch import Tensor
 
 from multigraft import kernels
 from multigraft.graft import Graft
-from multigraft.kernels import Part, Stack
+from multigraft.kernels import Dropped, Part, Stack
 from multigraft.routing import Grouping
 from multigraft.site import Site
 
@@ -60,33 +60,44 @@ class Bank:
             for own in self.pairs
         ]
 
-    def run(self, x: Tensor, frozen: Sequence[Frozen], grouping: Grouping) -> list[Tensor] | None:
-        """The base layers' outputs and each row's own contributions, where one go can do it.
+    def takes(self, x: Tensor, grouping: Grouping) -> bool:
+        """Whether `run` can do these rows."""
+        return not torch.is_grad_enabled() if self.is_few(x) else grouping.in_order
+
+    def run(
+        self,
+        x: Tensor,
+        frozen: Sequence[Frozen],
+        grouping: Grouping,
+        dropped: Dropped | None = None,
+    ) -> list[Tensor]:
+        """The base layers' outputs and each row's own contributions, in one go.
 
         Args:
-            x: (rows, ..., in).
+            x: (rows, ..., in), which `takes` is asked about.
             frozen: each base layer's weight and bias, whose call is nothing more than them.
+            dropped: what the pairs see in place of ``x``.
         """
         if self.is_few(x):
-            return None if torch.is_grad_enabled() else self._run_few(x, frozen, grouping)
-        if not grouping.in_order:
-            return None
+            return self._run_few(x, frozen, grouping, x if dropped is None else dropped.x)
         parts = [
             Part(*own, *(tuple(column) for column in zip(*pairs, strict=True)))
             for own, pairs in zip(frozen, self.pairs, strict=True)
         ]
         if torch.is_grad_enabled():
-            return kernels.adapted_linears(x, parts)
+            return kernels.adapted_linears(x, parts, dropped)
         if self._stack is None:
             self._stack = Stack.of(parts, self.dtype)
-        return kernels.adapted_linears(x, parts, None, self._stack)
+        return kernels.adapted_linears(x, parts, dropped, self._stack)
 
-    def _run_few(self, x: Tensor, frozen: Sequence[Frozen], grouping: Grouping) -> list[Tensor]:
+    def _run_few(
+        self, x: Tensor, frozen: Sequence[Frozen], grouping: Grouping, seen: Tensor
+    ) -> list[Tensor]:
         """One narrow product for all layers and adapters; foreign columns are set to zero."""
         flat = x.reshape(-1, x.shape[-1])
         each = flat.shape[0] // x.shape[0]
         A, Bs = self.wide()
-        s = torch.mm(flat, A.T)
+        s = torch.mm(seen.reshape(flat.shape), A.T)
         mask = self._mask(grouping)
         s.view(x.shape[0], each, -1).mul_(mask[:, None])
         ys, start = [], 0
@@ -146,9 +157,18 @@ def pair(graft: Graft, training: bool, dropout: bool = False) -> Pair | None:
     return method.low_rank(graft.params)
 
 
-def joined(grafts: Sequence[Graft], training: bool) -> Pair | None:
-    """One pair that adds what all of these add, where each is a `pair`."""
-    pairs = [pair(graft, training) for graft in grafts]
+def rate(grafts: Sequence[Graft], training: bool) -> float:
+    """The dropout of what these adapters see; several are one part only where they have none."""
+    return grafts[0].method.dropout if training and len(grafts) == 1 else 0.0
+
+
+def joined(grafts: Sequence[Graft], training: bool, dropout: bool = False) -> Pair | None:
+    """One pair that adds what all of these add, where each is a `pair`.
+
+    Args:
+        dropout: whether the caller drops elements of what a single one sees.
+    """
+    pairs = [pair(graft, training, dropout and len(grafts) == 1) for graft in grafts]
     whole = [found for found in pairs if found is not None]
     if not whole or len(whole) < len(pairs):
         return None

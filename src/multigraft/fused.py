@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multigraft import kernels
-from multigraft.bank import frozen_of, joined, pair
+from multigraft import draws, kernels
+from multigraft.bank import frozen_of, joined, pair, rate
 from multigraft.graft import Graft
-from multigraft.kernels import Dropped, Part, Seeded
+from multigraft.kernels import Dropped, Part, Seeded, masked_input
 
 
 def fused(grafts: Sequence[Graft], x: Tensor, training: bool) -> Tensor | None:
@@ -49,16 +49,15 @@ def part_of(grafts: Sequence[Graft], x: Tensor, training: bool) -> Part | None:
     return None if found is None else Part(*frozen, (found[0],), (found[1],), (found[2],))
 
 
-def rate(grafts: Sequence[Graft], training: bool) -> float:
-    """The dropout of what these adapters see; several are one part only where they have none."""
-    return grafts[0].method.dropout if training and len(grafts) == 1 else 0.0
-
-
 def dropped(x: Tensor, p: float, parts: Sequence[Part]) -> Dropped | Seeded:
     """What adapters with this dropout see of ``x``, in training."""
+    call = draws.call()
+    if call is not None:
+        seeds = call.seeds(x)
+        return Seeded(seeds, p) if _regenerates(x, parts) else Dropped(*masked_input(x, seeds, p))
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return Dropped(F.dropout(x, p))
-    if shares_dropout(x, parts):
+    if _regenerates(x, parts):
         return Seeded(kernels.draw_seed(x), p)
     seen, mask = torch.native_dropout(x, p, True)
     return Dropped(seen, mask, 1.0 / (1.0 - p))
@@ -67,8 +66,14 @@ def dropped(x: Tensor, p: float, parts: Sequence[Part]) -> Dropped | Seeded:
 def shares_dropout(x: Tensor, parts: Sequence[Part]) -> bool:
     """Whether these layers can have one dropout of their input, whose mask is never stored.
 
-    On a GPU alone: on a CPU each layer draws a mask of its own, from one seed the same as PEFT's.
+    On a GPU, or where adapters have draws of their own: else, on a CPU, each layer draws a mask of
+    its own, from one seed the same as PEFT's.
     """
+    return draws.call() is not None or _regenerates(x, parts)
+
+
+def _regenerates(x: Tensor, parts: Sequence[Part]) -> bool:
+    """Whether the mask can be computed again, instead of being stored."""
     if torch.compiler.is_compiling():
         return False
     return kernels.can_regenerate(x, sum(part.A[0].shape[0] for part in parts))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from multigraft import draws
 from multigraft.containers import AdapterDict, hold
 from multigraft.effective import effective, held, touched
 from multigraft.errors import NestingError, RoutingError, StateError
@@ -149,13 +150,21 @@ class AdaptedLayer(LayerFacade, nn.Module):
             args = (kwargs.pop(self._input_name(kwargs)),)
         x, more = args[0], args[1:]
         route = self.roster.route
-        if not (more or kwargs) and self._may_share(x, route):
+        block = draws.block() if self.training else None
+        if block is None:
+            return self._run(x, more, kwargs, route)
+        acting = self.roster.acting() if route is None else ()
+        with block.called(self.path, self.siblings.input_of(self), *acting[:1]):
+            return self._run(x, more, kwargs, route)
+
+    def _run(self, x: Any, args: Any, kwargs: Any, route: Any) -> Any:
+        if not (args or kwargs) and self._may_share(x, route):
             y = self.siblings.run(self, x, route)
             if y is not None:
                 return y
         if route is not None:
-            return run_rows(self, route, x, more, kwargs)
-        return self.run(self.plan, x, more, kwargs)
+            return run_rows(self, route, x, args, kwargs)
+        return self.run(self.plan, x, args, kwargs)
 
     def _may_share(self, x: Any, route: Any) -> bool:
         """Whether this is a plain call of this very module that others may gain from."""
@@ -190,6 +199,10 @@ class AdaptedLayer(LayerFacade, nn.Module):
             whole = fused(plan.deltas, x, self.training)
             if whole is not None:
                 return whole
+        with draws.own_numbers(x):
+            return self._parts(plan, x, args, kwargs)
+
+    def _parts(self, plan: Plan, x: Tensor, args: Any, kwargs: Any) -> Any:
         seen = x
         for graft in plan.inputs:
             seen = graft.method.input(graft.params, seen)

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from multigraft.bank import Bank, Frozen, frozen_of, joined
+from multigraft import draws, kernels
+from multigraft.bank import Bank, Frozen, frozen_of, joined, rate
 from multigraft.errors import RoutingError
+from multigraft.kernels import Dropped
 
 if TYPE_CHECKING:
     from multigraft.layer import AdaptedLayer
@@ -28,6 +30,7 @@ class Company(NamedTuple):
     Args:
         alone: rows' adapters that are not in the bank.
         rows: size of the input's first axis.
+        rates: each row's dropout of what the bank's pairs see.
     """
 
     layers: Sequence[AdaptedLayer]
@@ -38,6 +41,8 @@ class Company(NamedTuple):
     device: torch.device
     rows: int
     training: bool
+    rates: tuple[float, ...]
+    is_drawing: bool
 
 
 def run_rows(layer: AdaptedLayer, route: Route, x: Tensor, args: Any, kwargs: Any) -> Any:
@@ -50,12 +55,13 @@ def run_rows(layer: AdaptedLayer, route: Route, x: Tensor, args: Any, kwargs: An
     company = _company([layer], route, x)
     assert company is not None  # a single layer's always is one
     if not (args or kwargs):
-        whole = _whole(company, x)
+        whole = _whole(company, route, x)
         if whole is not None:
             return whole[0]
     base = y = layer.base_layer(x, *args, **kwargs)
     if company.bank is not None and company.grouping is not None:
-        y = company.bank.add(y, x, company.grouping)
+        dropped = _dropped(company, route, x)
+        y = company.bank.add(y, x if dropped is None else dropped.x, company.grouping)
     rows = dict(route.groups(x, layer)) if company.alone else {}
     for adapter in company.alone:
         y = _alone(layer, adapter, rows[adapter], x, y, base, args, kwargs)
@@ -66,18 +72,32 @@ def run_together(layers: Sequence[AdaptedLayer], route: Route, x: Tensor) -> lis
     """The outputs of layers that read the same input, or None where each must run by itself."""
     x = route.spread(x)
     company = _company(layers, route, x)
-    return None if company is None else _whole(company, x)
+    return None if company is None else _whole(company, route, x)
 
 
-def _whole(company: Company, x: Tensor) -> list[Tensor] | None:
+def _dropped(company: Company, route: Route, x: Tensor) -> Dropped | None:
+    """What the bank's pairs see in place of ``x``, where there is dropout in it."""
+    call = draws.call()
+    if call is None or not any(company.rates):
+        return None
+    owners = tuple([row[0] if row else "" for row in route.rows])
+    is_even = len(set(company.rates)) == 1
+    rates = kernels.constants(company.rates, torch.float64, x.device)
+    seeds = call.seeds(x, owners)
+    return Dropped(*kernels.masked_input(x, seeds, company.rates[0] if is_even else rates))
+
+
+def _whole(company: Company, route: Route, x: Tensor) -> list[Tensor] | None:
     """All base layers with all their adapters, where nothing else is to be done."""
     if company.bank is None or company.grouping is None or company.alone:
+        return None
+    if not company.bank.takes(x, company.grouping):
         return None
     frozen = [_frozen(layer, x) for layer in company.layers]
     ready = [own for own in frozen if own is not None and own[0].device == x.device]
     if len(ready) < len(frozen):
         return None
-    return company.bank.run(x, ready, company.grouping)
+    return company.bank.run(x, ready, company.grouping, _dropped(company, route, x))
 
 
 def _company(layers: Sequence[AdaptedLayer], route: Route, x: Tensor) -> Company | None:
@@ -91,6 +111,7 @@ def _company(layers: Sequence[AdaptedLayer], route: Route, x: Tensor) -> Company
         and known.dtype == x.dtype
         and known.device == x.device
         and known.training == layers[0].training
+        and known.is_drawing == (draws.call() is not None)
         and all(a is b for a, b in zip(known.layers, layers, strict=True))
     ):
         return known
@@ -105,26 +126,39 @@ def _company(layers: Sequence[AdaptedLayer], route: Route, x: Tensor) -> Company
 def _found(layers: Sequence[AdaptedLayer], route: Route, x: Tensor) -> Company | None:
     first = layers[0]
     adapters = [name for name, _ in route.groups(x, first)]
+    is_drawing = draws.call() is not None
     pairs: list[list[Any]] = []
     together: list[tuple[Row, ...]] = []
+    rates: list[tuple[float, ...]] = []
     alone: list[Row] = []
     for layer in layers:
         own = {}
         for adapter in adapters:
             grafts = layer.grafts_of(adapter)
-            found = joined(grafts, layer.training)
+            found = joined(grafts, layer.training, is_drawing)
             if found is not None:
                 own[adapter] = found
             elif grafts:
                 alone.append(adapter)
         pairs.append(list(own.values()))
         together.append(tuple(own))
-    if len(layers) > 1 and (alone or len(set(together)) > 1):
+        drops = {row: rate(layer.grafts_of(row), is_drawing) for row in own}
+        rates.append(tuple([drops.get(row, 0.0) for row in route.rows]))
+    if len(layers) > 1 and (alone or len(set(together)) > 1 or len(set(rates)) > 1):
         return None
     bank = Bank(pairs, x.dtype) if together[0] else None
     grouping = route.grouping(x, together[0]) if together[0] else None
     return Company(
-        list(layers), tuple(alone), bank, grouping, x.dtype, x.device, x.shape[0], first.training
+        list(layers),
+        tuple(alone),
+        bank,
+        grouping,
+        x.dtype,
+        x.device,
+        x.shape[0],
+        first.training,
+        rates[0],
+        is_drawing,
     )
 
 
@@ -145,6 +179,10 @@ def _alone(
     kwargs: Any,
 ) -> Tensor:
     """``y`` with one adapter's rows changed by it."""
+    call = draws.call()
+    if call is not None and call.adapter is None:
+        with call.numbers(x.device, adapter[0]):
+            return _alone(layer, adapter, rows, x, y, base, args, kwargs)
     plan = layer.plan_of(adapter)
     part = x.index_select(0, rows)
     if not plan.is_additive:

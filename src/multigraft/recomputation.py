@@ -1,8 +1,8 @@
 """Gradient checkpointing: what a call told its layers is told again when a block runs once more.
 
-A checkpointed block runs a second time in the backward pass, when the call is over and its route
-and spans with it. While the call lasts, each block's checkpoint is wrapped, so that the second run
-finds what the first one found, however many calls lie between.
+A checkpointed block runs a second time in the backward pass, when the call is over and its route,
+spans and draws with it. While the call lasts, each block's checkpoint is wrapped, so that the
+second run finds what the first one found, however many calls lie between.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from multigraft import draws
 from multigraft.containers import AdapterDict
 from multigraft.layer import AdaptedLayer
 
@@ -28,7 +29,7 @@ WRAPPED = "checkpoint_fn"
 
 @contextmanager
 def remembered(roster: Roster) -> Iterator[None]:
-    """Let checkpointed blocks of this call find its route and spans in their second run."""
+    """Let checkpointed blocks of this call find its route, spans and draws in their second run."""
     wrapped = []
     if torch.is_grad_enabled():
         for module in _blocks(roster):
@@ -69,11 +70,14 @@ def _remembering(roster: Roster, run: Callable[..., Any]) -> Callable[..., Any]:
     route, spans = roster.route, roster.spans
 
     def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        draw = draws.replay()
+
         def again(*inputs: Any, **options: Any) -> Any:
             before = roster.route, roster.spans
             roster.route, roster.spans = route, spans
             try:
-                return function(*inputs, **options)
+                with draw():
+                    return function(*inputs, **options)
             finally:
                 roster.route, roster.spans = before
 

@@ -5,12 +5,13 @@ The model owns the route; layers read it. Row indices are made once per device, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
+from multigraft import draws
 from multigraft.errors import RoutingError, did_you_mean
 
 if TYPE_CHECKING:
@@ -174,6 +175,22 @@ def check_names(names: Sequence[Entry], rows: int | None, roster: Roster) -> Non
         roster.check_batchable(name)
     for company in {company_of(entry) for entry in names if not isinstance(entry, str)}:
         roster.check_together(company)
+
+
+def check_draws(roster: Roster, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of the model draws random numbers for each adapter; fails where it cannot.
+
+    Raises:
+        RoutingError: the rows of the call are not those of the `per_adapter` block.
+    """
+    block = draws.block() if roster.root.training else None
+    if block is None:
+        return False
+    first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None)
+    if first is not None:
+        owners = roster.route.rows if roster.route else [roster.acting()] * len(first)
+        block.check(owners, first.shape[1] if first.dim() > 1 else None)
+    return True
 
 
 def _is_entry(entry: object) -> bool:

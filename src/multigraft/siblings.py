@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from multigraft import kernels
-from multigraft.fused import dropped, part_of, rate, shares_dropout
+from multigraft.bank import rate
+from multigraft.fused import dropped, part_of, shares_dropout
 from multigraft.kernels import Part
 from multigraft.mixed import run_together
 
@@ -101,6 +102,11 @@ class Siblings:
         self.members.pop(_name(layer), None)
         self.companies.clear()
         self.forget()
+
+    def input_of(self, layer: AdaptedLayer) -> str:
+        """A name of what the layer reads, the same for those that are to read the same."""
+        own = _name(layer)
+        return f"{self.parent}.{next((n[0] for n in COMPANIES if own in n), own)}"
 
     def run(self, layer: AdaptedLayer, x: Tensor, route: Route | None) -> Tensor | None:
         """The layer's output for ``x``, or None where it must run by itself."""

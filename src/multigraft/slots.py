@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from multigraft.config import pattern_value
 from multigraft.containers import fetch, hold
+from multigraft.draws import dropout
 from multigraft.graft import Graft
 from multigraft.layer import AdaptedLayer
 from multigraft.methods.contract import Params, TensorSpec
@@ -81,7 +82,7 @@ class Slotted(LoRA):
         self, params: Params, y: Tensor, x: Tensor, training: bool, base: Tensor | None = None
     ) -> Tensor:
         if self.dropout and training:
-            x = torch.nn.functional.dropout(x, self.dropout)
+            x = dropout(x, self.dropout)
         A, B = self.factors(params)
         dtype = self.geometry.input_dtype(x, A)
         return self.geometry.add_low_rank(self.site.layer, y, x, A.to(dtype), B.to(dtype), 1.0)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from multigraft.errors import RoutingError
 from multigraft.recomputation import remembered
+from multigraft.routing import check_draws
 
 if TYPE_CHECKING:
     from multigraft.roster import Roster
@@ -109,8 +110,9 @@ def spans_of_forward(
     """
     given = kwargs.pop(OFFSETS, None)
     wanted = invocations(roster)
+    is_drawing = check_draws(roster, args, kwargs)
     if not wanted:
-        return remembered(roster) if roster.route is not None else nullcontext()
+        return nullcontext() if roster.route is None and not is_drawing else remembered(roster)
     counts, length = _counts(wanted, given, args, kwargs)
     if given is None and _cached(kwargs):
         _require_found(roster, counts)

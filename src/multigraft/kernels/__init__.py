@@ -11,7 +11,7 @@ from multigraft.kernels.compressed import compressed_linear, group_size, grouped
 from multigraft.kernels.layout import Part, Stack, constants
 from multigraft.kernels.low_rank import low_rank_add
 from multigraft.kernels.node import IS_TRACED
-from multigraft.kernels.regenerated import can_regenerate, draw_seed
+from multigraft.kernels.regenerated import can_regenerate, draw_seed, masked_input, scrambled
 from multigraft.kernels.reweighted_linear import reweighted_linear
 from multigraft.kernels.reweighted_matrices import reweighted_matrices
 from multigraft.kernels.routed import grouped, masked
@@ -34,7 +34,9 @@ __all__ = [
     "is_autocasting",
     "low_rank_add",
     "masked",
+    "masked_input",
     "reweighted_linear",
     "reweighted_matrices",
+    "scrambled",
     "without_autocast",
 ]

@@ -42,12 +42,12 @@ class Dropped(NamedTuple):
     Args:
         x: of the input's shape.
         mask: what was kept, or None where ``x`` is to get a gradient of its own.
-        scale: what the kept elements were multiplied by.
+        scale: what the kept elements were multiplied by; it may differ by row.
     """
 
     x: Tensor
     mask: Tensor | None = None
-    scale: float = 1.0
+    scale: float | Tensor = 1.0
 
 
 class Seeded(NamedTuple):
@@ -223,8 +223,7 @@ class _AdaptedLinears(Node):
                     "second gradients through a frozen A need the layer's input, which was not "
                     "kept; let A take gradients (requires_grad_(True))."
                 )
-            # To autograd, what was kept is no function of x and the factors, as second gradients
-            # need it.
+            # To autograd, what was kept is no function of x and the factors: for second gradients.
             stack = layout.stacked(tensors, seen.dtype)
             if mask is not None and not ctx.is_apart:
                 tokens = seen.numel() // seen.shape[-1]
@@ -287,7 +286,7 @@ def _gradients(
     elif mask is None:
         dseen = None if own is None else own.view(ctx.shape)
     elif own is not None:
-        dx = torch.ops.aten.native_dropout_backward(own, mask.view_as(own), ctx.kept)
+        dx = _kept(own.view(ctx.shape), mask.view(ctx.shape), ctx.kept).view(own.shape)
     if needs_x:
         for W, dy in zip(tensors[:: layout.size], dys, strict=True):
             if dy is not None:
@@ -296,6 +295,13 @@ def _gradients(
         dx = None if dx is None else dx.view(ctx.shape)
     found = _factor_gradients(layout, dys, ds, s, seen, tensors, needs, seeded)
     return None, dx, dseen if needs_seen else None, None, None, *found
+
+
+def _kept(gradient: Tensor, mask: Tensor, scale: float | Tensor) -> Tensor:
+    """The gradient of what a dropout's input was, for that of its output."""
+    if isinstance(scale, Tensor):
+        return (gradient * mask * scale).to(gradient.dtype)
+    return torch.ops.aten.native_dropout_backward(gradient, mask, scale)  # type: ignore[no-any-return]
 
 
 def _narrow_gradient(

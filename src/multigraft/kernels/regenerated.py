@@ -64,10 +64,27 @@ def scrambled(h: Tensor) -> Tensor:
     return h
 
 
-def dropped_input(x: Tensor, seed: Tensor, p: float) -> Tensor:
+def dropped_input(x: Tensor, seed: Tensor, p: float | Tensor) -> Tensor:
     """``x̂``, of the shape of ``x``."""
+    return masked_input(x, seed, p)[0]
+
+
+def masked_input(
+    x: Tensor, seed: Tensor, p: float | Tensor
+) -> tuple[Tensor, Tensor, float | Tensor]:
+    """``x̂`` and its mask, both of the shape of ``x``, and what kept elements are multiplied by.
+
+    Args:
+        x: its first axis in as many equal parts as there are seeds.
+    """
     mask = keeps(seed, x.numel() // x.shape[-1], x.shape[-1], p).view(x.shape)
-    return x * mask * (1.0 / (1.0 - p))
+    if not isinstance(p, Tensor):
+        scale: float | Tensor = 1.0 / (1.0 - p)
+        return x * mask * scale, mask, scale
+    wide = torch.promote_types(x.dtype, torch.float32)
+    scale = (1.0 / (1.0 - p)).to(wide).repeat_interleave(x.shape[0] // len(p))
+    scale = scale.view(-1, *(1,) * (x.dim() - 1))
+    return (x * mask * scale).to(x.dtype), mask, scale
 
 
 def dropped_shrink(x: Tensor, A: Tensor, seed: Tensor, p: float) -> Tensor:

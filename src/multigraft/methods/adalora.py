@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multigraft.config import (
@@ -30,6 +29,7 @@ from multigraft.config import (
     require_probability,
 )
 from multigraft.defaults import LORA_TARGETS, Targets
+from multigraft.draws import dropout
 from multigraft.methods._ranks import Ranks
 from multigraft.methods.contract import Method, Params, TensorSpec, method
 from multigraft.site import Site
@@ -195,7 +195,7 @@ class AdaLoRA(Method):
         if not self.geometry.is_linear:
             return super().add(params, y, x, training)
         if self.dropout and training:
-            x = F.dropout(x, self.dropout)
+            x = dropout(x, self.dropout)
         A, B = params["lora_A"] * params["lora_E"], params["lora_B"]
         dtype = self.geometry.input_dtype(x, A)
         return self.geometry.add_low_rank(

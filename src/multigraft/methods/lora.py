@@ -29,6 +29,7 @@ from multigraft.config import (
     pattern_value,
     require,
 )
+from multigraft.draws import dropout
 from multigraft.errors import TargetError
 from multigraft.fields import check_ranges
 from multigraft.methods.contract import Method, Params, TensorSpec, method, writable
@@ -315,7 +316,7 @@ class LoRA(Method):
         if self.bias:
             return super().add(params, y, x, training)
         if self.dropout and training:
-            x = torch.nn.functional.dropout(x, self.dropout)
+            x = dropout(x, self.dropout)
         A, B = self.factors(params)
         dtype = self.geometry.input_dtype(x, A)
         return self.geometry.add_low_rank(

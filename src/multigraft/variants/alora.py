@@ -14,10 +14,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multigraft.config import require
+from multigraft.draws import dropout
 from multigraft.methods.contract import Method, Params
 from multigraft.variants.contract import Variant, variant
 
@@ -82,7 +82,7 @@ class ALora(Variant):
         base: Tensor | None,
     ) -> Tensor:
         if lora.dropout and training:
-            x = F.dropout(x, lora.dropout)
+            x = dropout(x, lora.dropout)
         return y + lora.apply_factors(params, x).to(y.dtype)  # type: ignore[attr-defined]
 
     def delta(self, lora: Method, params: Params, W: Tensor | None) -> Tensor:

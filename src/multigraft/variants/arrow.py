@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from multigraft.config import check_names, require
+from multigraft.draws import dropout
 from multigraft.errors import StateError
 from multigraft.methods.contract import Method, Params, TensorSpec
 from multigraft.variants._memo import Memo
@@ -154,7 +155,9 @@ class Arrow(Variant):
         ]
         h = lora.geometry.project(lora.site.layer, x, A.to(dtype)) * torch.cat(shares, -1).to(dtype)
         update = lora.geometry.lift(lora.site.layer, h, B.to(dtype))
-        return y + F.dropout(update, lora.dropout, training).to(y.dtype)
+        if training and lora.dropout:
+            update = dropout(update, lora.dropout)
+        return y + update.to(y.dtype)
 
     def delta(self, lora: Method, params: Params, W: Tensor | None) -> Tensor:
         raise StateError("an Arrow router has no ΔW: each token has one of its own")

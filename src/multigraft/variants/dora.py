@@ -19,10 +19,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multigraft import kernels
+from multigraft.draws import dropout
 from multigraft.methods.contract import Method, Params, TensorSpec
 from multigraft.variants._memo import Memo
 from multigraft.variants._runtime import borrowed
@@ -106,7 +106,7 @@ class DoRA(Variant):
         g = lora.as_output_bias(params[MAGNITUDE].flatten() / _norm(lora, params)[0])
         layer = lora.site.layer
         if lora.dropout and training:
-            x = F.dropout(x, lora.dropout)
+            x = dropout(x, lora.dropout)
             base = lora.geometry.run(layer, x, lora.site.weight().to(x.dtype))
         else:
             bias = getattr(layer, "bias", None)

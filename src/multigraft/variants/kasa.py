@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multigraft.config import require
+from multigraft.draws import dropout
 from multigraft.methods.contract import Method, Params, TensorSpec
 from multigraft.variants._plain import add_bias, add_pair, factors
 from multigraft.variants.contract import Variant, variant
@@ -123,7 +123,7 @@ class KaSA(Variant):
         if lora.dropout and training:
             y = add_pair(lora, y, x, params[DROPPED_A], -params[DROPPED_B], 1.0)
             A, B = self._update(lora, params)
-            y = add_pair(lora, y, F.dropout(x, lora.dropout), A, B, lora.scaling)
+            y = add_pair(lora, y, dropout(x, lora.dropout), A, B, lora.scaling)
         else:
             y = add_pair(lora, y, x, *self.low_rank(lora, params))
         return add_bias(lora, params, y)

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from multigraft import kernels
+from multigraft.draws import dropout
 from multigraft.methods.contract import Method, Params
 from multigraft.variants.contract import Variant, variant
 
@@ -49,7 +49,7 @@ class LoftQ(Variant):
         bias = getattr(layer, "bias", None)
         base = base if bias is None else base - lora.as_output_bias(bias).to(base.dtype)
         change = lora.geometry.run(layer, x, Q.to(x.dtype)) - base
-        seen = F.dropout(x, lora.dropout) if lora.dropout and training else x
+        seen = dropout(x, lora.dropout) if lora.dropout and training else x
         own = lora.apply_factors(params, seen)  # type: ignore[attr-defined]
         return y + (change + own).to(y.dtype)
 
@@ -65,7 +65,7 @@ class LoftQ(Variant):
         layer = lora.site.layer
         Q = lora.geometry.as_matrix(layer, _quantised(lora, params)).to(W.dtype)
         is_dropped = lora.dropout and training
-        seen = kernels.Dropped(F.dropout(x, lora.dropout)) if is_dropped else None
+        seen = kernels.Dropped(dropout(x, lora.dropout)) if is_dropped else None
         A, B = self.pair(lora, params)
         return kernels.adapted_linear(x, Q, bias, A, B, lora.scaling, seen)
 

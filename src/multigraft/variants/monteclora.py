@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multigraft.config import require
+from multigraft.draws import dropout
 from multigraft.methods.contract import Method, Params, TensorSpec
 from multigraft.variants._plain import add_bias, add_pair, factors, only_linear
 from multigraft.variants.contract import Variant, variant
@@ -129,7 +129,7 @@ class MonteCLoRA(Variant):
     ) -> Tensor:
         A, B = factors(lora, params)
         if training:
-            x = F.dropout(x, lora.dropout) if lora.dropout else x
+            x = dropout(x, lora.dropout) if lora.dropout else x
             A = A + self._deviation(lora, params)
         return add_bias(lora, params, add_pair(lora, y, x, A, B, lora.scaling))
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multigraft import kernels
 from multigraft.config import check_choice, require
+from multigraft.draws import dropout
 from multigraft.methods.contract import Method, Params, TensorSpec
 from multigraft.variants._plain import add_bias, add_pair, factors, only_linear
 from multigraft.variants.contract import Variant, variant
@@ -97,7 +97,7 @@ class VeLoRA(Variant):
     ) -> Tensor:
         A, B = factors(lora, params)
         if lora.dropout and training:
-            x = F.dropout(x, lora.dropout)
+            x = dropout(x, lora.dropout)
         if not (training and torch.is_grad_enabled()):
             return add_bias(lora, params, add_pair(lora, y, x, A, B, lora.scaling))
         options = lora.config.velora_config
