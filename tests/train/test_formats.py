@@ -103,4 +103,4 @@ def test_the_example_of_every_format_is_of_that_format():
     assert formats() == ["auto", *FORMATS]
     for name, each in FORMATS.items():
         row = json.loads(each.example)
-        assert read_row(row, 1) == read_row(row, 1, name)
+        assert read_row(row, 1, kinds=each.makes) == read_row(row, 1, name)

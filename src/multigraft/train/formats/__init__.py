@@ -6,14 +6,28 @@ adds one of your own, to ``--format`` as well.
 """
 
 from multigraft.errors import UnsupportedError
-from multigraft.train.formats import alpaca, messages, pairs, sharegpt, text
+from multigraft.train.formats import (
+    alpaca,
+    labelled,
+    labelled_pairs,
+    messages,
+    pairs,
+    preference,
+    related,
+    scored,
+    sharegpt,
+    source_target,
+    tagged,
+    text,
+)
 from multigraft.train.formats.contract import FORMATS, Format, Kinds, Values, require
 from multigraft.train.records import LANGUAGE, Record
 
 AUTO = "auto"
 
 # The order is that of recognition: data sets of conversations often have a `prompt` column besides.
-for _each in (messages, sharegpt, alpaca, pairs, text):
+_LANGUAGE = (messages, sharegpt, alpaca, pairs, source_target, text)
+for _each in (*_LANGUAGE, labelled_pairs, labelled, tagged, scored, related, preference):
     FORMATS.register(_each.FORMAT.name, _each.FORMAT)
 
 __all__ = ["AUTO", "FORMATS", "Format", "Kinds", "check_format", "formats", "read_row"]
@@ -67,5 +81,7 @@ def _recognised(row: Values, kinds: Kinds) -> Format:
     whole = next((each for each in known if each.fits(row)), None)
     if whole is not None:
         return whole
-    part = next((each for each in known if any(key in row for key in each.keys)), None)
-    return part or (pairs.FORMAT if pairs.FORMAT in known else known[-1])
+    part = [each for each in known if any(key in row for key in each.keys)]
+    if part:
+        return min(part, key=lambda each: sum(key not in row for key in each.keys))
+    return pairs.FORMAT if pairs.FORMAT in known else known[-1]
