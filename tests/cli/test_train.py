@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from multigraft import PeftConfig, PeftModel
 from multigraft.cli import main
-from multigraft.train import load_model
+from multigraft.train import Progress, load_model
 from tests.tiny_base import chat_rows, pair_rows, write_base, write_lines
 
 BAD = {"prompt": "p", "completon": "c"}
@@ -71,7 +71,7 @@ def test_it_says_what_it_does_and_where_the_adapter_is(run, out, base_dir):
     text, _ = run(eval_data=out.parent / "data.jsonl")
     assert "12 examples, 2 steps of 8" in text
     assert "default: step 2/2  loss " in text
-    for label in ("loss ", "held-out ", "exact match ", "time ", f"saved in     {out}"):
+    for label in ("loss ", "held-out loss", "exact match", "time ", f"saved in     {out}"):
         assert label in text
     assert f"PeftModel.from_pretrained(base, '{out}')" in text
 
@@ -104,7 +104,7 @@ def test_options_reach_the_config(run, out):
         alpha=5,
         dropout=0.25,
         target_modules="self_attn.q_proj, up_proj",
-        adapter_name="v1.0",
+        name="v1.0",
     )
     config = PeftConfig.from_pretrained(out / "v1.0")
     assert (config.r, config.lora_alpha, config.lora_dropout) == (3, 5, 0.25)
@@ -174,7 +174,7 @@ def test_bad_lines_can_be_left_out(run):
         ({"schedule": "cosin"}, "Nearest: `cosine`"),
         ({"dtype": "float3"}, "Nearest: `float32`"),
         ({"device": "gpu"}, "`device` (='gpu') must be one of"),
-        ({"adapter_name": "a/b"}, "must not contain"),
+        ({"name": "a/b"}, "must not contain"),
         ({"max_length": 3}, "fills `max_length` (=3) tokens"),
         ({"lr": 1e38}, "`lr` (=1e+38) must be above 0, up to 1e+06"),
     ],
@@ -215,7 +215,7 @@ def test_an_output_that_is_a_file_is_one_line(run, tmp_path):
     ("arguments", "message"),
     [
         (["trian"], "Did you mean 'train'?"),
-        (["train", "--data", "x"], "Missing option '--model'"),
+        (["train", "--data", "x"], "`model` is missing: give --model"),
         (["train", "--modle", "x"], "No such option: --modle"),
         (["train", "--lr", "much"], "Invalid value for '--lr'"),
     ],
@@ -235,7 +235,7 @@ def interrupt_at(step: int):
     @contextmanager
     def live(console, adapters):
         def show(now) -> None:
-            if now.step == step:
+            if isinstance(now, Progress) and now.step == step:
                 raise KeyboardInterrupt
 
         yield show
@@ -246,11 +246,25 @@ def interrupt_at(step: int):
 def test_ctrl_c_saves_the_steps_that_were_made_and_says_so(run, out, base_dir, monkeypatch):
     monkeypatch.setattr("multigraft.cli.train.live", interrupt_at(2))
     _, err = run(code=130, steps=5, lr=1e-2)
+    saved = out / "checkpoints" / "round-000002"
     assert err == (
-        f"multigraft: interrupted; the adapter as it was after 2 of 5 steps is saved in {out}.\n"
+        f"multigraft: interrupted; everything as it was after 2 rounds is saved in {saved}. The "
+        "same command with --resume goes on from there.\n"
     )
-    loaded = PeftModel.from_pretrained(load_model(base_dir), out)
+    loaded = PeftModel.from_pretrained(load_model(base_dir), saved / "default")
     assert not torch.allclose(logits(loaded), logits(load_model(base_dir)), atol=1e-3)
+
+
+def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(run, out, tmp_path, monkeypatch):
+    run("-q", steps=5, output=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr("multigraft.cli.train.live", interrupt_at(2))
+        run(code=130, steps=5)
+    run("-q", "--resume", steps=5)
+    name = "adapter_model.safetensors"
+    whole = (tmp_path / "whole" / name).read_bytes()
+    assert (out / name).read_bytes() == whole
+    assert not (out / "checkpoints").exists()
 
 
 def test_ctrl_c_keeps_an_older_adapter(run, out, monkeypatch):
@@ -258,7 +272,7 @@ def test_ctrl_c_keeps_an_older_adapter(run, out, monkeypatch):
     kept = (out / "adapter_model.safetensors").read_bytes()
     monkeypatch.setattr("multigraft.cli.train.live", interrupt_at(2))
     _, err = run("--overwrite", code=130, steps=5)
-    assert err.startswith(f"multigraft: interrupted; {out} still holds the older adapter; ")
+    assert err.startswith("multigraft: interrupted; everything as it was after 2 rounds is saved")
     assert (out / "adapter_model.safetensors").read_bytes() == kept
 
 
@@ -266,7 +280,7 @@ def test_ctrl_c_before_training_says_that_nothing_was_saved(run, out, monkeypatc
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("multigraft.train.finetune.load_model", interrupted)
+    monkeypatch.setattr("multigraft.train.job.load_tokenizer", interrupted)
     _, err = run(code=130)
     assert err == "multigraft: interrupted; nothing was saved.\n"
     assert not out.exists()

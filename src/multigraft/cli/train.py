@@ -85,7 +85,7 @@ def _introduce(console: Console, ready: Prepared) -> None:
 
 def _summary(console: Console, job: Job, outcomes: list[Outcome], seconds: float) -> None:
     heading(console, "Summary")
-    table = Table("adapter", "steps", "loss", "held-out loss", "exact match", "saved in", box=None)
+    table = Table("adapter", "steps", "loss", "held-out loss", "exact match", box=None)
     for each in outcomes:
         last = each.losses[-10:]
         loss = f"{each.losses[0]:.4f} → {sum(last) / len(last):.4f}" if last else "–"
@@ -96,13 +96,15 @@ def _summary(console: Console, job: Job, outcomes: list[Outcome], seconds: float
         steps = f"{len(each.losses):,}" + (" (stopped early)" if each.why == "stopped" else "")
         if each.kept_step != len(each.losses):
             steps += f", kept {each.kept_step:,}"
-        table.add_row(each.name, steps, loss, held_out, right, escape(str(each.folder)))
+        table.add_row(each.name, steps, loss, held_out, right)
     console.print(table)
     console.print(
         "\nLoss: of the first step, and the mean of the last ten. Held-out: before training, and "
         "of what was saved."
     )
-    console.print(f"Time: {duration(seconds)}")
+    console.print(f"time         {duration(seconds)}")
+    for each in outcomes:
+        console.print(f"saved in     {escape(str(each.folder))}", soft_wrap=True)
     heading(console, "Load it")
     first = outcomes[0]
     named = "" if first.name == "default" else f", adapter_name={first.name!r}"

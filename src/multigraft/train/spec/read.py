@@ -108,7 +108,8 @@ def _line(error: Mapping[str, Any]) -> str:
             hint = " It is a key of the whole run: give it at the top."
         return f"`{place}` is no key of a run.{hint}"
     if error["type"] == "missing":
-        return f"`{place}` is missing."
+        flag = f"give --{place} or " if place in RunSpec.model_fields else ""
+        return f"`{place}` is missing: {flag}write `{place}: …` in the run's file."
     value = error.get("input")
     return f"`{place}` (={value!r}): {error['msg'][:1].lower()}{error['msg'][1:]}."
 
