@@ -17,10 +17,11 @@ from typing import Any
 
 from torch import Tensor
 
+from multigraft import hub
 from multigraft.atomic import recover, write_files, write_utf8
 from multigraft.card import CARD_NAME, new_card
 from multigraft.config import PeftConfig
-from multigraft.errors import CheckpointError, MissingExtraError
+from multigraft.errors import CheckpointError, SourceError
 from multigraft.fields import check_regex
 from multigraft.finite import is_finite
 from multigraft.graft import Graft
@@ -34,6 +35,7 @@ from multigraft.reading import (
     read_tensors,
 )
 from multigraft.roster import Roster
+from multigraft.whole import is_parted, whole
 from multigraft.writing import write_tensors
 
 
@@ -105,20 +107,25 @@ def adapter_state(
     gathered: Mapping[str, Tensor] | None = None,
     *,
     packed: bool = True,
+    joined: bool = False,
 ) -> dict[str, Tensor]:
     """An adapter's own tensors by key on disk, relative to the base model.
 
     Args:
         gathered: a state dict of the base model to take the values from (sharded training).
         packed: as the file has them, where that is less than what is in memory.
+        joined: whole ones of tensors that lie in parts on several processes, all of which ask.
     """
     state = {}
     for layer in roster.layers[adapter]:
         for key, graft, name in saved_tensors(layer, adapter):
             value = params_in(graft, gathered)[name]
+            value = whole(value) if joined else value
             state[key] = graft.method.packed(name, value) if packed else value
     context = roster.context_of(adapter)
-    return state if context is None else state | context.saved()
+    if context is not None:
+        state |= {k: whole(v) if joined else v for k, v in context.saved().items()}
+    return state
 
 
 def params_in(graft: Graft, gathered: Mapping[str, Tensor] | None) -> Params:
@@ -193,15 +200,15 @@ def rename(tensors: Mapping[str, Tensor], mapping: Mapping[str, str] | None) -> 
 
 
 def locate(
-    source: str | os.PathLike[str], filename: str, *, subfolder: str | None = "", **hub: Any
+    source: str | os.PathLike[str], filename: str, *, subfolder: str | None = "", **options: Any
 ) -> Path:
     """The local path of an adapter's file, fetched from the hub when ``source`` is no directory.
 
     Args:
-        hub: `revision`, `token`, `cache_dir`, `local_files_only` and others of huggingface_hub.
+        options: `revision`, `token` and others of `multigraft.hub.OPTIONS`.
 
     Raises:
-        CheckpointError: there is no such file.
+        SourceError: there is no such file.
     """
     folder = Path(source).expanduser()
     inside = folder / (subfolder or "")
@@ -210,37 +217,28 @@ def locate(
         check_inside(inside / filename, folder)
         return inside / filename
     if folder.is_dir() or folder.is_absolute() or str(source).startswith("."):
-        raise CheckpointError(f"{inside} holds no {filename}.{_nearby(folder, filename)}")
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError as error:
-        raise MissingExtraError(
-            f"`{source}` is no local directory, and fetching it from the hub needs "
-            "huggingface_hub: pip install 'multigraft[train]'."
-        ) from error
-    known = ("revision", "token", "cache_dir", "local_files_only", "force_download", "repo_type")
-    options = {k: v for k, v in hub.items() if k in known and v is not None}
-    try:
-        return Path(hf_hub_download(str(source), filename, subfolder=subfolder or None, **options))
-    except Exception as error:
-        raise CheckpointError(
-            f"`{source}` is no local directory, and the hub gives no {filename} for it ({error})."
-        ) from error
+        refusal = SourceError(f"{inside} holds no {filename}.{_nearby(folder, filename)}")
+        refusal.lacks_file = folder.is_dir()
+        raise refusal
+    return hub.fetch(str(source), filename, subfolder or "", **options)
 
 
 def locate_weights(source: str | os.PathLike[str], **where: Any) -> Path:
     """The path of an adapter's weights; safetensors before pickles."""
     try:
         return locate(source, WEIGHTS_NAME, **where)
-    except CheckpointError as error:
+    except SourceError as error:
+        if not error.lacks_file:
+            raise
         try:
             return locate(source, PICKLE_NAME, **where)
-        except CheckpointError:
+        except SourceError:
             raise error from None
 
 
 def _require_values(key: str, tensor: Tensor) -> None:
-    if tensor.is_meta or tuple(tensor.shape) == (0,):  # a site of rank 0 has another shape
+    # A site of rank 0 has another shape.
+    if tensor.is_meta or is_parted(tensor) or tuple(tensor.shape) == (0,):
         raise CheckpointError(
             f"`{key}` holds no values (shape {tuple(tensor.shape)} on {tensor.device}): sharded or "
             "meta tensors must be gathered before saving; pass the full state_dict=."

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from multigraft import checkpoint
+from multigraft import checkpoint, hub, reading
 from multigraft.config import CONFIG_NAME, PeftConfig
 from multigraft.containers import check_name
 from multigraft.embeddings import take_embeddings
-from multigraft.errors import CheckpointError, MultigraftWarning, StateError
+from multigraft.errors import CheckpointError, MultigraftWarning, SourceError, StateError
 from multigraft.keys import full_key, placed
 from multigraft.per_expert import PerExpert
 from multigraft.prepare import Prepared, own_copy, prepare
@@ -23,30 +23,53 @@ from multigraft.reading import shown
 from multigraft.state import drop_base_tensors, write
 from multigraft.survey import Spot, survey
 from multigraft.tuner import Tuner
+from multigraft.whole import full_shape
 from multigraft.wrap import exchange
 
-HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "repo_type")
+HUB_OPTIONS = hub.OPTIONS
 
 
 def read_config(
     source: str | os.PathLike[str], adapter: str, options: Mapping[str, Any]
 ) -> tuple[PeftConfig, dict[str, Any]]:
-    """The config at ``source`` and the options to find its weights.
+    """The config at ``source`` and the options to find its weights: of the same commit.
 
-    A directory without a config of its own that holds one adapter in a subfolder (as is written
-    for an adapter of another name than ``default``) means that adapter.
+    A place without a config of its own that holds one adapter in a subfolder (as is written for an
+    adapter of another name than ``default``) means that adapter.
     """
     options = dict(options)
-    folder = Path(source)
-    subfolder = options.get("subfolder") or ""
-    if not (folder / subfolder / CONFIG_NAME).is_file() and folder.is_dir() and not subfolder:
-        inside = [p.parent.name for p in sorted(folder.glob(f"*/{CONFIG_NAME}"))]
-        if adapter in inside:
-            options["subfolder"] = adapter
-        elif len(inside) == 1:
-            options["subfolder"] = inside[0]
     where = {k: v for k, v in options.items() if k in (*HUB_OPTIONS, "subfolder")}
-    return PeftConfig.from_pretrained(source, **where), options
+    try:
+        path = checkpoint.locate(source, CONFIG_NAME, **where)
+    except SourceError as error:
+        path = _in_a_subfolder(error, source, adapter, where)
+        options["subfolder"] = path.parent.name
+    commit = hub.commit_of(path)
+    if commit is not None:  # a branch may have moved on before the weights are fetched
+        options["revision"] = commit
+    return PeftConfig.from_dict(reading.read_config(path)), options
+
+
+def _in_a_subfolder(
+    error: SourceError, source: str | os.PathLike[str], adapter: str, where: Mapping[str, Any]
+) -> Path:
+    """The config of the adapter of this name, or of the only one there; else the error goes on."""
+    if where.get("subfolder") or not error.lacks_file:
+        raise error
+    folder = Path(source)
+    if folder.is_dir():
+        inside = [p.parent.name for p in sorted(folder.glob(f"*/{CONFIG_NAME}"))]
+    else:
+        inside = hub.folders_with(str(source), CONFIG_NAME, where)
+        if not inside:  # nobody can list it now; the cache may have it
+            inside, where = [adapter], {**where, "local_files_only": True}
+    chosen = adapter if adapter in inside else inside[0] if len(inside) == 1 else None
+    if chosen is None:
+        raise error
+    try:
+        return checkpoint.locate(source, CONFIG_NAME, **{**where, "subfolder": chosen})
+    except SourceError:
+        raise error from None
 
 
 def load_peft_weights(
@@ -154,7 +177,7 @@ def _overwrite(
     """
     roster, adapter = tuner.roster, prepared.adapter
     held = checkpoint.adapter_state(roster, adapter, packed=False)
-    current = {key: tuple(tensor.shape) for key, tensor in held.items()}
+    current = {key: full_shape(tensor) for key, tensor in held.items()}
     context = roster.context_of(adapter)
     is_other = type(context) is not (prepared.context or type(None))
     is_derived = not prepared.optional() <= values.keys()  # and so from the new config

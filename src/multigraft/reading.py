@@ -155,7 +155,8 @@ def read_tensors(path: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]
 def check_inside(path: Path, folder: Path) -> None:
     """Fail when symbolic links, or ``..``, lead from a folder's file to another place.
 
-    The hub's cache keeps files in ``blobs`` and links to them from ``snapshots``: those may.
+    The hub's cache keeps files in ``blobs``, of the repository or of all of them, and links to them
+    from ``snapshots``: those may.
 
     Raises:
         CheckpointError: the file lies elsewhere.
@@ -164,8 +165,10 @@ def check_inside(path: Path, folder: Path) -> None:
     if root in real.parents:
         return
     repository = next((p.parent for p in root.parents if p.name == "snapshots"), None)
-    if repository is not None and real.parent == repository / "blobs":
-        return
+    if repository is not None:
+        own, shared = repository / "blobs", repository.parent / "blobs"
+        if real.parent == own or real.parent.parent == shared:
+            return
     raise CheckpointError(
         f"{path} leads out of {folder}, to {real}. Files of an adapter must lie in its folder: "
         "copy the file itself there (cp -L), or name the folder where it lies."
