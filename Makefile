@@ -46,7 +46,7 @@ lint: $(STAMP)
 # The theme's own news stay out of the output.
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(STAMP)
-	@$(BIN)/mkdocs build --strict --quiet
+	@$(BIN)/mkdocs build --strict
 	@echo "build/site/index.html"
 
 format: $(STAMP)
