@@ -228,7 +228,7 @@ def locate_weights(source: str | os.PathLike[str], **where: Any) -> Path:
     try:
         return locate(source, WEIGHTS_NAME, **where)
     except SourceError as error:
-        if not error.lacks_file:
+        if error.is_cut_off or not error.lacks_file:
             raise
         try:
             return locate(source, PICKLE_NAME, **where)

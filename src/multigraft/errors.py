@@ -69,6 +69,8 @@ class SourceError(CheckpointError, ValueError):
 
     lacks_file = False
     """Whether the place is there, as far as is known, and the file is not."""
+    is_cut_off = False
+    """Whether the hub was asked and did not answer: asking again takes as long."""
 
 
 class DataError(MultigraftError, ValueError):

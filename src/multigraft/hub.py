@@ -220,7 +220,14 @@ def _refusal(
     reason = _first_line(error) if say is None else say(repository, where, options)
     found = SourceError(f"`{repository}`: the hub gives no {where}: {reason}")
     found.lacks_file = "EntryNotFoundError" in kinds
+    found.is_cut_off = "LocalEntryNotFoundError" in kinds and not _is_offline(options)
     return found
+
+
+def _is_offline(options: Mapping[str, Any]) -> bool:
+    from huggingface_hub import constants
+
+    return bool(options.get("local_files_only") or constants.HF_HUB_OFFLINE)
 
 
 def _gated(repository: str, where: str, options: Mapping[str, Any]) -> str:

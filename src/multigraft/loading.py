@@ -60,7 +60,7 @@ def _in_a_subfolder(
     if folder.is_dir():
         inside = [p.parent.name for p in sorted(folder.glob(f"*/{CONFIG_NAME}"))]
     else:
-        inside = hub.folders_with(str(source), CONFIG_NAME, where)
+        inside = [] if error.is_cut_off else hub.folders_with(str(source), CONFIG_NAME, where)
         if not inside:  # nobody can list it now; the cache may have it
             inside, where = [adapter], {**where, "local_files_only": True}
     chosen = adapter if adapter in inside else inside[0] if len(inside) == 1 else None
