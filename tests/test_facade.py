@@ -123,7 +123,7 @@ def test_a_layer_says_who_is_active_merged_and_disabled(model: Any) -> None:
     layer = head(model)
     assert (layer.active_adapters, layer.active_adapter) == (["a", "b"], ["a", "b"])
     model.set_adapter("a")
-    assert layer.active_adapter == "a"
+    assert layer.active_adapter == ["a"]
     model.base_model.merge_adapter()
     assert (layer.merged, layer.merged_adapters) == (True, ["a"])
     model.base_model.unmerge_adapter()

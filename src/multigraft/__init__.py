@@ -15,6 +15,7 @@ from multigraft.auto import (
 from multigraft.config import PeftConfig, PeftType, TaskType
 from multigraft.errors import (
     AdapterNameError,
+    AliasError,
     CheckpointError,
     ConfigError,
     DataError,
@@ -123,6 +124,7 @@ __all__ = [
     "AdaptedLayer",
     "AdapterNameError",
     "AdaptionPromptConfig",
+    "AliasError",
     "ArrowConfig",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",

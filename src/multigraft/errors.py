@@ -13,7 +13,8 @@
     │   └── SourceError (ValueError)    files that are not where they are said to be
     ├── DataError (ValueError)          training data that cannot be used, line by line
     ├── TrainingError (RuntimeError)    a training run that cannot begin or go on
-    └── MissingExtraError (ImportError) an optional package that is not installed
+    ├── MissingExtraError (ImportError) an optional package that is not installed
+    └── AliasError (ModuleNotFoundError) a name of PEFT's that its alias does not have
 
 Every message says where, what was given, what is required and what to do.
 """
@@ -83,6 +84,10 @@ class TrainingError(MultigraftError, RuntimeError):
 
 class MissingExtraError(MultigraftError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
+
+
+class AliasError(MultigraftError, ModuleNotFoundError):
+    """Something was imported from PEFT that Multigraft, standing for PEFT, does not have."""
 
 
 class MultigraftWarning(UserWarning):

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from multigraft.aliased import is_aliased
 from multigraft.containers import AdapterDict
 from multigraft.errors import AdapterNameError, ConfigError, StateError
+from multigraft.layer_verbs import LayerVerbs
 
 if TYPE_CHECKING:
     from multigraft.graft import Graft
@@ -24,7 +26,7 @@ _PEFT_GROUPS = frozenset(
 )
 
 
-class LayerFacade:
+class LayerFacade(LayerVerbs):
     """PEFT's attributes of a tuner layer; mixed into the adapted layer."""
 
     if TYPE_CHECKING:
@@ -65,10 +67,9 @@ class LayerFacade:
         return list(self.roster.active)
 
     @property
-    def active_adapter(self) -> str | list[str]:
-        """The single active adapter's name, or a list."""
-        names = self.active_adapters
-        return names[0] if len(names) == 1 else names
+    def active_adapter(self) -> list[str]:
+        """The same list, under the name that PEFT's layers have."""
+        return self.active_adapters
 
     @property
     def merged_adapters(self) -> list[str]:
@@ -106,8 +107,13 @@ class LayerFacade:
         return Scaling(self)
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Scale the adapter by ``scale`` times what its config says."""
-        self.scaling.by_config(adapter, scale)
+        """Scale the adapter by ``scale`` times what its config says.
+
+        Under the alias an adapter that the model lacks is passed over: other parts of a pipeline
+        may have it.
+        """
+        if adapter in self.roster.configs or not is_aliased():
+            self.scaling.by_config(adapter, scale)
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of the active adapters."""

@@ -152,7 +152,7 @@ def hotswap_adapter_from_state_dict(
         )
     own = config.copy()
     assert isinstance(own, LoraConfig)
-    found = {strip_prefix(key): value for key, value in state_dict.items()}
+    found = {_bare(strip_prefix(key), adapter_name): v for key, v in state_dict.items()}
     sites = [graft.site for _, graft in roster.grafts(adapter_name)]
     found = PerExpert(roster.root, own, found).tensors(sites)  # which may rewrite the config
     swaps = _plan(roster, adapter_name, own, found)
@@ -160,6 +160,35 @@ def hotswap_adapter_from_state_dict(
     for swap in swaps:
         _put_in(swap, own)
     roster.configs[adapter_name] = own
+
+
+def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
+    """Fail unless an adapter of the second config could take the place of one of the first.
+
+    Ranks, scales and patterns may differ; `hotswap_adapter` checks the rest against the model.
+
+    Raises:
+        UnsupportedError: one of them is not LoRA, or only one of them is DoRA.
+    """
+    for config in (config0, config1):
+        if not isinstance(config, LoraConfig):
+            raise UnsupportedError(
+                f"hot-swapping is for LoRA, and one of the configs is {config.peft_type}. Use "
+                "load_adapter() under another name."
+            )
+    doras = [bool(getattr(config, "use_dora", False)) for config in (config0, config1)]
+    if doras[0] != doras[1]:
+        raise UnsupportedError(
+            f"`use_dora` is {doras[0]} in one config and {doras[1]} in the other: one cannot take "
+            "the other's place. Use load_adapter() under another name."
+        )
+
+
+def _bare(key: str, adapter: str) -> str:
+    """A key as in a file, where it holds the adapter's name as PEFT's swapping has it."""
+    head, dot, last = key.rpartition(".")
+    middle = f".{adapter}"
+    return f"{head.removesuffix(middle)}{dot}{last}" if ".lora_" in key else key
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

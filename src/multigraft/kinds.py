@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from multigraft.graft import Graft
 from multigraft.layer import AdaptedLayer
 from multigraft.methods.saved_module import SavedModule
+from multigraft.methods.trainable_tokens import TokenAdapter
 
 
 class Asked(type):
@@ -120,3 +121,35 @@ class ModulesToSaveWrapper(Question):
     def serves(cls, graft: Graft) -> bool:
         """Whether it is such a copy."""
         return isinstance(graft.method, SavedModule)
+
+
+class TrainableTokensWrapper(Question):
+    """An embedding of which an adapter trains single tokens beside its own method."""
+
+    @classmethod
+    def serves(cls, graft: Graft) -> bool:
+        """Whether it is such a part of an adapter."""
+        return isinstance(graft.method, TokenAdapter)
+
+
+class ParamWrapper(LoraLayer):
+    """A module with a LoRA on a parameter that it reads by itself (``target_parameters``)."""
+
+    @classmethod
+    def serves(cls, graft: Graft) -> bool:
+        """Whether it acts on such a parameter."""
+        return super().serves(graft) and graft.site.parameter is not None
+
+
+class AuxiliaryTrainingWrapper(Question):
+    """A module whose part of an adapter's file has other names than PEFT's rule gives it.
+
+    What is saved or trained beside the method is of this kind in PEFT, and more than that here:
+    transformers asks these layers, and no others, how they call what a file holds.
+    """
+
+    @classmethod
+    def serves(cls, graft: Graft) -> bool:
+        """Whether it is saved or trained beside, or acts on a parameter."""
+        kinds = (ModulesToSaveWrapper, TrainableTokensWrapper, ParamWrapper)
+        return any(kind.serves(graft) for kind in kinds)

@@ -24,13 +24,12 @@ from multigraft.methods import METHODS
 from multigraft.prepare import Prepared, own_copy, prepare
 from multigraft.prompts import CONTEXTS
 from multigraft.requantisation import Loss
-from multigraft.roster import Roster
 from multigraft.schedule import StepByStep, penalised
 from multigraft.spans import spans_of_forward
 from multigraft.storage import let_gradients_through
 from multigraft.survey import survey
 from multigraft.ties import settle
-from multigraft.wrap import attach, detach, roster_of
+from multigraft.wrap import attach, detach, roster_of, roster_without_layers
 
 
 class Tuner(StepByStep, Combines, nn.Module):
@@ -44,7 +43,7 @@ class Tuner(StepByStep, Combines, nn.Module):
         super().__init__()
         self.model = model
         self.training = model.training
-        self.roster = roster_of(model, survey(model)) or Roster.of(model)
+        self.roster = roster_of(model, survey(model)) or roster_without_layers(model)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward, with whatever adapters act."""

@@ -50,6 +50,25 @@ def roster_of(model: nn.Module, spots: Sequence[Spot]) -> Roster | None:
     return next(iter(rosters.values()), None)
 
 
+def roster_without_layers(model: nn.Module) -> Roster:
+    """The roster of a model in which there is no adapted layer.
+
+    Where it has adapters that act at layers, somebody else has put the base layers back, as
+    diffusers does to unload adapters: they are gone, with what was merged left in the base.
+    """
+    roster = Roster.of(model)
+    gone = [name for name, layers in roster.layers.items() if layers]
+    if gone:
+        roster.active = tuple(name for name in roster.active if name not in gone)
+        roster.enabled, roster.hidden = True, []
+        for name in gone:
+            detach(roster, name)
+        roster.merged_layers.clear()
+        roster.siblings.clear()
+        roster.losses.clear()
+    return roster
+
+
 def attach(
     roster: Roster,
     adapter: str,

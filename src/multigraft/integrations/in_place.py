@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from multigraft.aliased import FLAG, is_aliased
 from multigraft.card import update_card
 from multigraft.config import PeftConfig
 from multigraft.errors import UnsupportedError
@@ -25,24 +26,26 @@ if TYPE_CHECKING:
     from multigraft.checkpoint import LoadReport
     from multigraft.tuner import Tuner
 
-FLAG = "_hf_peft_config_loaded"
-
 
 def offer(roster: Roster) -> None:
     """Put the flag and the methods on the base model, if it is one of transformers'."""
     seen = roster.root.__dict__
     if not any(roster.layers.values()):  # prompts act at a handle, and the base is as it was
         withdraw(roster.root)
-    elif FLAG not in seen and _is_of_transformers(roster.root):
+    elif not seen.get(FLAG) and _is_of_transformers(roster.root):
         seen[FLAG] = True
-        seen.update({name: partial(method, roster) for name, method in METHODS.items()})
+        if not is_aliased():  # else the model's own methods mean ours
+            seen.update({name: partial(method, roster) for name, method in METHODS.items()})
 
 
 def withdraw(model: nn.Module) -> None:
     """Take them off."""
     if isinstance(model.__dict__.get("save_pretrained"), partial):
-        for name in (FLAG, *METHODS):
+        for name in METHODS:
             model.__dict__.pop(name, None)
+    elif not is_aliased():
+        return
+    model.__dict__.pop(FLAG, None)
 
 
 def _is_of_transformers(model: nn.Module) -> bool:
