@@ -28,7 +28,7 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
         model: a `PeftModel`, or a model adapted in place.
     """
     base = base_of(model)
-    state, names = base.state_dict(), _names(base)
+    state, names = base.state_dict(), names_of_base(base)
     return {name: state[key] for name, key in names.items()}
 
 
@@ -53,7 +53,7 @@ def set_base_model_state_dict(
             f"adapters {merged} are merged into the base, whose tensors cannot be replaced now. "
             "Call unmerge_adapter() first."
         )
-    names, own = _names(base), base.state_dict()
+    names, own = names_of_base(base), base.state_dict()
     report = BaseKeys(
         [name for name in names if name not in state_dict],
         [name for name in state_dict if name not in names],
@@ -76,7 +76,7 @@ def set_base_model_state_dict(
     return report
 
 
-def _names(base: nn.Module) -> dict[str, str]:
+def names_of_base(base: nn.Module) -> dict[str, str]:
     """The base's own keys, in order, to those of its state dict now."""
     modules = base.named_modules(remove_duplicate=False)
     wrapped = {path for path, module in modules if isinstance(module, AdaptedLayer)}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from multigraft.containers import Leaf, fetch, hold
 from multigraft.methods.contract import Method, Params, TensorSpec
 from multigraft.site import Site
+from multigraft.whole import whole
 
 
 @dataclass(eq=False)
@@ -131,7 +132,9 @@ class Graft:
         twin = Graft(self.adapter, copy.copy(self.method), self.shared, self.tied)
         holder = nn.Module()
         for index, (name, tensor) in enumerate(self.params.items()):
-            holder.register_buffer(f"t{index}", tensor.detach().clone())
+            # All of it: what lies in parts is merged into the whole weight.
+            own = whole(tensor)
+            holder.register_buffer(f"t{index}", own.detach().clone())
             twin.owners[name] = (holder, f"t{index}")
         return twin
 

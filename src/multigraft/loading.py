@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from multigraft import checkpoint, hub, reading
+from multigraft import checkpoint, hub
 from multigraft.config import CONFIG_NAME, PeftConfig
 from multigraft.containers import check_name
 from multigraft.embeddings import take_embeddings
@@ -47,7 +47,7 @@ def read_config(
     commit = hub.commit_of(path)
     if commit is not None:  # a branch may have moved on before the weights are fetched
         options["revision"] = commit
-    return PeftConfig.from_dict(reading.read_config(path)), options
+    return PeftConfig.from_dict(PeftConfig.from_json_file(path)), options
 
 
 def _in_a_subfolder(

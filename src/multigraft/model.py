@@ -265,7 +265,8 @@ class PeftModel(PromptFacade, WrappedFacade, nn.Module):
             selected_adapters: names; all by default.
             save_embedding_layers: adds the base's embedding matrices: True, False, or ``"auto"``
                 for when the vocabulary was resized (`multigraft.embeddings`).
-            is_main_process: only the main process writes.
+            is_main_process: only the main process writes. All must call where the model lies in
+                parts on several processes; then it is the first that writes.
             path_initial_model_for_weight_conversion: save LoRA that takes a part out of the base
                 (PiSSA and others) as plain LoRA; see `multigraft.saving.files_of`.
             state_dict: the whole model's gathered state dict, when it is sharded.
@@ -281,8 +282,6 @@ class PeftModel(PromptFacade, WrappedFacade, nn.Module):
         names = self.roster.require(
             self.roster.names() if selected_adapters is None else selected_adapters
         )
-        if not is_main_process:
-            return
         write_adapters(
             self.roster,
             save_directory,
@@ -290,6 +289,7 @@ class PeftModel(PromptFacade, WrappedFacade, nn.Module):
             state_dict=state_dict,
             embeddings=save_embedding_layers,
             initial=path_initial_model_for_weight_conversion,
+            is_writer=is_main_process,
         )
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:

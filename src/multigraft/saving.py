@@ -28,6 +28,7 @@ from multigraft.keys import disk_names, strip_prefix
 from multigraft.methods.contract import Params
 from multigraft.methods.lora import LoRA, LoraConfig
 from multigraft.roster import Roster
+from multigraft.whole import is_parted, main_rank, wait_for_all
 
 Pathlike = str | os.PathLike[str]
 
@@ -54,7 +55,7 @@ def files_of(
         ConfigError: the adapter is no LoRA.
     """
     config = _for_disk(roster.configs[adapter], base)
-    state = checkpoint.adapter_state(roster, adapter, gathered)
+    state = checkpoint.adapter_state(roster, adapter, gathered, joined=True)
     if initial is not None:
         config, state = _as_plain(roster, adapter, config, state, Path(initial))
     else:
@@ -70,16 +71,23 @@ def write_adapters(
     state_dict: Mapping[str, Tensor] | None = None,
     embeddings: str | bool = False,
     initial: Pathlike | None = None,
+    is_writer: bool = True,
 ) -> None:
     """Write adapters: ``default`` into the directory, others into a subfolder each; all or none.
 
     Args:
         state_dict: the whole model's gathered state dict, when the model is sharded.
         embeddings, initial: see `files_of`.
+        is_writer: whether this process writes. Where the adapters lie in parts on several, all
+            must call, whatever they say, and the first one writes.
 
     Raises:
         CheckpointError: tensors are missing or the disk refuses; old files are unchanged.
     """
+    names = list(names)
+    in_parts = any(is_parted(p) for name in names for p in roster.parameters(name))
+    if not (is_writer or in_parts):
+        return
     root = Path(directory)
     if root.is_file():
         raise CheckpointError(f"`save_directory` (={str(root)!r}) is a file, not a directory.")
@@ -91,16 +99,20 @@ def write_adapters(
         adapters[root if name == "default" else root / name] = files_of(
             roster, name, roster.root, gathered=gathered, embeddings=embeddings, initial=initial
         )
-    if adapters:
+    if adapters and (main_rank() if in_parts else is_writer):
         checkpoint.save(root, adapters)
+    if in_parts:
+        wait_for_all()
 
 
 def _for_disk(config: PeftConfig, base: nn.Module) -> PeftConfig:
     config = config.copy()
+    # FSDP2 gives a module a class of its own, between it and the one that others can import.
+    cls = next(c for c in type(base).__mro__ if not c.__module__.startswith("torch.distributed."))
     if config.task_type is None:
         config.auto_mapping = {
-            "base_model_class": type(base).__name__,
-            "parent_library": type(base).__module__,
+            "base_model_class": cls.__name__,
+            "parent_library": cls.__module__,
         }
     return config
 

@@ -15,6 +15,7 @@ from multigraft.keys import PREFIX, full_key, saved_tensors, strip_prefix
 from multigraft.prompts.contract import Slot
 from multigraft.roster import Roster
 from multigraft.survey import survey
+from multigraft.whole import fill, full_shape, gathered, is_parted
 from multigraft.wrap import roster_of
 
 
@@ -59,7 +60,7 @@ def get_peft_model_state_dict(
     gathered = None
     if state_dict is not None:
         gathered = {strip_prefix(key): value for key, value in state_dict.items()}
-    state = adapter_state(roster, adapter_name, gathered)
+    state = adapter_state(roster, adapter_name, gathered, joined=True)
     state |= embedding_tensors(roster, adapter_name, save_embedding_layers, gathered)
     return {full_key(key) if prefix else key: value for key, value in state.items()}
 
@@ -88,7 +89,7 @@ def set_peft_model_state_dict(
     roster, _ = roster_of_model(model)
     roster.require_one(adapter_name)
     found = {strip_prefix(key): value for key, value in peft_model_state_dict.items()}
-    expected = {k: tuple(t.shape) for k, t in adapter_state(roster, adapter_name).items()}
+    expected = {k: full_shape(t) for k, t in adapter_state(roster, adapter_name).items()}
     found = drop_base_tensors(found, expected, roster.root)
     optional = {
         key
@@ -131,14 +132,16 @@ def write(
         for key, slot in slots.items():
             if key in values:
                 tensor = fetch(*slot)
-                undo.append((slot, tensor, tensor.clone()))
-                _put(slot, values[key], assign)
+                with gathered([tensor], writes=True):
+                    undo.append((slot, tensor, tensor.clone()))
+                    _put(slot, values[key], assign)
         for _, graft in roster.grafts(adapter):
             graft.retie()
             graft.complete()
     except BaseException:
         for slot, tensor, before in reversed(undo):
-            tensor.data.copy_(before)
+            with gathered([tensor], writes=True):
+                tensor.data.copy_(before)
             hold(*slot, tensor)
         raise
 
@@ -179,8 +182,8 @@ def _is_base_copy(key: str, value: Tensor, root: nn.Module) -> bool:
 def _put(slot: Slot, value: Tensor, assign: bool) -> None:
     owner, leaf = slot
     tensor = fetch(owner, leaf)
-    if not (assign or tensor.is_meta):
-        tensor.copy_(value)
+    if is_parted(tensor) or not (assign or tensor.is_meta):
+        fill(tensor, value)
         return
     moved = value.to(dtype=tensor.dtype) if tensor.is_meta else value
     if isinstance(tensor, nn.Parameter):

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-LIMIT = 40.0
-"""Seconds that a job may take; whoever waits for a rank that failed gives up sooner."""
+LIMIT = 120.0
+"""Seconds that a job may take; whoever waits for a rank that failed gives up sooner. Most is for starting on a busy machine."""
 
 
 class RankFailed(Exception):
@@ -90,7 +90,7 @@ class World:
 def _serve(rank: int, size: int, store: str, asked: Any, given: Any) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=30)
+        "gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=60)
     )
     while (task := asked.get()) is not None:
         job, args = task

@@ -22,6 +22,7 @@ from multigraft.containers import fetch
 from multigraft.errors import TrainingError
 from multigraft.roster import Roster
 from multigraft.state import roster_of_model
+from multigraft.whole import is_parted
 
 BUCKET = 64 << 20
 """Bytes that go in one collective."""
@@ -56,7 +57,8 @@ class Replicas:
         """Give all adapters the values that the group's first rank has; also after adding one."""
         self._agree(hash_of(_described(self.roster)), "have the same adapters on the same sites")
         source = dist.get_global_rank(self.group, 0) if self.group is not None else 0
-        for bucket in buckets(owned_tensors(self.roster)):
+        whole = [tensor for tensor in owned_tensors(self.roster) if not is_parted(tensor)]
+        for bucket in buckets(whole):
             flat = flattened(bucket)
             dist.broadcast(flat, source, group=self.group)
             unflatten(flat, bucket)
@@ -65,6 +67,7 @@ class Replicas:
         """Make every gradient the mean of the ranks' own.
 
         A parameter that no rank has a gradient of keeps none, so that optimisers leave it alone.
+        Those that lie in parts are FSDP's to reduce.
 
         Args:
             scale: what the sum is multiplied by; one divided by the number of ranks by default.
@@ -72,7 +75,7 @@ class Replicas:
         Raises:
             TrainingError: the ranks do not train the same parameters.
         """
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        trained = [p for p in self.model.parameters() if p.requires_grad and not is_parted(p)]
         has_some = self._with_gradients(trained)
         found = []
         for parameter in (p for p, has in zip(trained, has_some, strict=True) if has):
@@ -103,20 +106,27 @@ class Replicas:
     def _with_gradients(self, trained: list[nn.Parameter]) -> list[bool]:
         """Which of them any rank has a gradient of."""
         own = hash_of(f"{tuple(p.shape)}{p.dtype}" for p in trained)
-        self._agree(own, "train the same parameters (set_adapter() the same on all)")
-        device = self._device()
-        has = torch.tensor([p.grad is not None for p in trained], dtype=torch.uint8, device=device)
+        has = torch.tensor([p.grad is not None for p in trained], dtype=torch.uint8)
+        lacking = len(trained) - int(has.sum())
+        most = self._agree(
+            own, "train the same parameters (set_adapter() the same on all)", lacking
+        )
+        if not most:
+            return [True] * len(trained)
+        has = has.to(self._device())
         dist.all_reduce(has, dist.ReduceOp.MAX, group=self.group)
         return [bool(flag) for flag in has.tolist()]
 
-    def _agree(self, own: int, what: str) -> None:
-        both = torch.tensor([own, -own], device=self._device())
+    def _agree(self, own: int, what: str, count: int = 0) -> int:
+        """Fail unless all ranks have the same number; the largest of their counts."""
+        both = torch.tensor([own, -own, count], device=self._device())
         dist.all_reduce(both, dist.ReduceOp.MAX, group=self.group)
         if both[0] != -both[1]:
             raise TrainingError(
                 f"rank {dist.get_rank()}: the {self.size} ranks do not all {what}. Attach, load "
                 "and activate the same adapters in the same order on every rank."
             )
+        return int(both[2])
 
     @torch.no_grad()
     def _check_same(self) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from multigraft.storage import bnb4, bnb8, dense, hooked, parametrised, torchao
+from multigraft.storage import bnb4, bnb8, dense, hooked, parametrised, sharded, torchao
 from multigraft.storage.contract import STORAGES, Storage, holder
 from multigraft.storage.dense import DENSE
 from multigraft.storage.foreign import Foreign, foreign, is_understood
@@ -25,6 +25,7 @@ __all__ = [
     "let_gradients_through",
     "parameter_counts",
     "parametrised",
+    "sharded",
     "slot_of",
     "storage_of",
     "torchao",
