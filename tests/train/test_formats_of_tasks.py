@@ -93,7 +93,7 @@ def test_a_row_is_known_by_its_keys(row, record):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_row_that_cannot_be_used_is_told_why(kind, row, why):
-    with pytest.raises(Refusal, match=".*") as told:
+    with pytest.raises(Refusal) as told:
         read_row(row, 1, kinds=(kind,))
     assert re.search(why, ". ".join(told.value.args))
 

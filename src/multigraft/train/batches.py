@@ -95,6 +95,20 @@ def _stacked(tensors: Sequence[Tensor], fill: int) -> Tensor:
     return torch.cat(wide)
 
 
+def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+    """Lists of token ids as ``(rows, tokens)``, filled up at the end."""
+    width = max(len(row) for row in rows)
+    out = torch.full((len(rows), width), fill)
+    for at, row in enumerate(rows):
+        out[at, : len(row)] = torch.tensor(list(row), dtype=torch.long)
+    return out
+
+
+def masked(rows: Sequence[Sequence[int]]) -> Tensor:
+    """``(rows, tokens)``: 1 where `padded` has tokens of the rows, 0 elsewhere."""
+    return padded([[1] * len(row) for row in rows], 0)
+
+
 def collate(examples: Sequence[Encoded], pad: int) -> Batch:
     """Examples as one batch, as wide as the longest."""
     width = max(len(e.ids) for e in examples)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from multigraft.errors import (
 )
 from multigraft.model import PeftModel
 from multigraft.reading import read_config
+from multigraft.train.heads import fresh_in
 from multigraft.train.quantised import load_options
 from multigraft.train.seeding import seeded
 
@@ -87,17 +88,50 @@ def load_model(
         ConfigError: the dtype, the device or the format is not to be had.
         MissingExtraError: a package that this needs is not installed.
     """
+    model, missing = load_as(
+        "AutoModelForCausalLM", source, dtype=dtype, device=device, quantize=quantize
+    )
+    refuse_random(source, missing)
+    return model
+
+
+def load_as(
+    auto: str,
+    source: str | os.PathLike[str],
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    quantize: str | None = None,
+    dense: Sequence[str] = (),
+    **settings: Any,
+) -> tuple[nn.Module, list[str]]:
+    """A model of any kind, in evaluation mode, and the weights that its checkpoint lacks.
+
+    Those are made anew, and the same each time.
+
+    Args:
+        auto: the class of transformers that loads the kind.
+        dense: names of modules that ``quantize`` leaves alone; the usual ones where there are none.
+        settings: for `from_pretrained`: what of the model's config is to be otherwise, above all.
+
+    Raises:
+        CheckpointError, ConfigError, MissingExtraError: as for `load_model`.
+    """
     place = pick_device(device)
     kind = pick_dtype(dtype, place)
     transformers = _transformers()
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    options = {} if quantize is None else load_options(quantize, place, kind, transformers)
-    model, found = fetch(source, "model", load, dtype=kind, output_loading_info=True, **options)
-    _refuse_random(source, found)
+    load = getattr(transformers, auto).from_pretrained
+    options: dict[str, Any] = {}
+    if quantize is not None:
+        options = load_options(quantize, place, kind, transformers, dense)
+    options |= {"dtype": kind, "output_loading_info": True, **settings}
+    with seeded(0, place):
+        model, found = fetch(source, "model", load, **options)
     if quantize is None:
         model.to(place)
     model.eval()
-    return model
+    mismatched = [key for key, *_ in found.get("mismatched_keys") or ()]
+    return model, sorted({*(found.get("missing_keys") or ()), *mismatched})
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> Any:
@@ -127,7 +161,7 @@ def attach(
         AdapterNameError, TargetError: as for `get_peft_model`; the model is as it was.
     """
     if task_type is not None:
-        config = replace(config, task_type=task_type)
+        config = replace(config, task_type=task_type, **fresh_in(model, config))
     with seeded(seed, next(model.parameters()).device):
         if isinstance(model, PeftModel):
             model.add_adapter(adapter, config)
@@ -166,18 +200,20 @@ def fetch(source: str | os.PathLike[str], what: str, load: Any, **options: Any) 
         where = "" if folder.exists() else ", which is no local directory"
         raise CheckpointError(
             f"{name}: no {what} could be read from there{where} ({first.rstrip('.')}). Give a "
-            "directory that save_pretrained() wrote, or the id of a causal language model on the "
-            "hub."
+            "directory that save_pretrained() wrote, or the id of a model of this kind on the hub."
         ) from error
 
 
-def _refuse_random(source: str | os.PathLike[str], found: Mapping[str, Any]) -> None:
-    """Fail when the checkpoint lacks weights, which would stay at random values."""
-    missing = sorted(found.get("missing_keys") or ())
+def refuse_random(source: str | os.PathLike[str], missing: Sequence[str]) -> None:
+    """Fail when the checkpoint lacks weights, which would stay at random values.
+
+    Raises:
+        CheckpointError: it does.
+    """
     if missing:
         raise CheckpointError(
             f"{os.fspath(source)} lacks {len(missing)} of the model's weights ({missing[0]}, …), "
-            "which would be random. Is it a causal language model, and complete?"
+            "which would be random. Is it a model of the kind that is wanted, and complete?"
         )
 
 

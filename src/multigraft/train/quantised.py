@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,12 +13,17 @@ FORMATS = ("nf4", "fp4", "int8")
 
 
 def load_options(
-    quantize: str, device: torch.device, dtype: torch.dtype | str, transformers: Any
+    quantize: str,
+    device: torch.device,
+    dtype: torch.dtype | str,
+    transformers: Any,
+    dense: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What `from_pretrained` needs to quantise every linear layer but the head as it loads it.
 
     Args:
         quantize: one of `FORMATS`; the 4-bit ones quantise their block statistics as well.
+        dense: names of modules that stay as they are; the usual ones where there are none.
         dtype: of everything that stays as it is, and of the 4-bit layers' arithmetic.
 
     Raises:
@@ -35,11 +41,13 @@ def load_options(
         raise MissingExtraError(
             "quantised bases need bitsandbytes: pip install 'multigraft[quant]'"
         ) from error
+    skipped = list(dense) or None
     if quantize == "int8":
-        config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+        config = transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     else:
         config = transformers.BitsAndBytesConfig(
             load_in_4bit=True,
+            llm_int8_skip_modules=skipped,
             bnb_4bit_quant_type=quantize,
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype if isinstance(dtype, torch.dtype) else torch.bfloat16,

@@ -58,8 +58,8 @@ def _of_turns(prompt: Any, chosen: Turns, rejected: Turns, line: int) -> Prefere
         Chat(turns([*before, *own], key), line, None, len(before))
         for own, key in ((chosen, "chosen"), (rejected, "rejected"))
     )
-    sides = [_answered(side) for side in sides]
-    return Preference(sides[0], sides[1], line)
+    good, bad = map(_answered, sides)
+    return Preference(good, bad, line)
 
 
 def _before(prompt: Any, chosen: Turns) -> Turns | None:

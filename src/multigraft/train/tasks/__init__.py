@@ -1,6 +1,17 @@
 """What can be learned: one file a task."""
 
-from multigraft.train.tasks import causal_lm
+from multigraft.train.tasks import causal_lm, dpo, embed, seq2seq, seq_cls, token_cls
 from multigraft.train.tasks.contract import TASKS, Task, described, task_of
 
-__all__ = ["TASKS", "Task", "causal_lm", "described", "task_of"]
+__all__ = [
+    "TASKS",
+    "Task",
+    "causal_lm",
+    "described",
+    "dpo",
+    "embed",
+    "seq2seq",
+    "seq_cls",
+    "task_of",
+    "token_cls",
+]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from multigraft.train.batches import Batch, collate
 from multigraft.train.encode import Encoded, pieces_of
 from multigraft.train.load import load_model
-from multigraft.train.tasks.contract import TASKS, Task
+from multigraft.train.tasks.contract import TASKS, Task, widened
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class CausalLM(Task):
 
 
 def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each row's learned tokens, summed in float32.
+    """Cross-entropy of each row's learned tokens, summed in float32 at least.
 
     Args:
         logits: ``(rows, tokens, vocabulary)``; those at a token predict the next one. There may be
@@ -56,7 +56,7 @@ def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
     logits, targets = logits[:, -labels.shape[1] :], labels[:, 1:]
     rows, places = (targets >= 0).nonzero(as_tuple=True)
     losses = nn.functional.cross_entropy(
-        logits[rows, places].float(), targets[rows, places], reduction="none"
+        widened(logits[rows, places]), targets[rows, places], reduction="none"
     )
     return losses.new_zeros(len(labels)).index_add(0, rows, losses)
 

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from multigraft.errors import ConfigError, did_you_mean, there_are
@@ -97,7 +98,7 @@ class Task:
         return batch
 
     def losses(self, outputs: Any, batch: Batch) -> Tensor:
-        """What each row adds to the loss, ``(rows,)``, in float32.
+        """What each row adds to the loss, ``(rows,)``, in float32 at least.
 
         Args:
             outputs: the model's, for this batch.
@@ -114,6 +115,11 @@ class Task:
     ) -> dict[str, float]:
         """Measures beside the loss on held-out examples, with the active adapters, by name."""
         return {}
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """In float32 at least, which sums of many losses need."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 TASKS: Registry[type[Task]] = Registry("task")
