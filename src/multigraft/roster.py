@@ -34,6 +34,17 @@ _LIVE: WeakKeyDictionary[nn.Module, ref[Roster]] = WeakKeyDictionary()
 """Rosters by root; neither is kept alive."""
 
 
+class Configs(dict[str, PeftConfig]):
+    """Configs by adapter, which other packages see as ``model.peft_config``.
+
+    They take out what they could not load, which is not there: nothing is attached by halves.
+    """
+
+    def pop(self, name: str, default: Any = None) -> Any:
+        """The config that was there, or ``default``."""
+        return super().pop(name, default)
+
+
 class Roster:
     """Adapters of one base model.
 
@@ -44,7 +55,7 @@ class Roster:
     def __init__(self, root: nn.Module) -> None:
         self.root = root
         _LIVE[root] = ref(self)
-        self.configs: dict[str, PeftConfig] = {}
+        self.configs: dict[str, PeftConfig] = Configs()
         self.layers: dict[str, list[AdaptedLayer]] = {}
         self.contexts = AdapterDict()
         """Adapters that change the context; a child of every handle while there are any."""

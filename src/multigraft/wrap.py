@@ -141,7 +141,7 @@ def exchange(
 
 def detach(roster: Roster, adapter: str) -> None:
     """Take one adapter out; layers that are left without any give way to their base layer."""
-    roster.configs.pop(adapter)
+    del roster.configs[adapter]
     roster.trainable.pop(adapter, None)
     roster.schedules.pop(adapter, None)
     roster.let_go(adapter)
