@@ -46,7 +46,7 @@ def run(tmp_path_factory) -> Run:
 
 
 def test_each_adapter_shows_its_progress(run):
-    shown = run.part("Training three adapters, each on its own task")
+    shown = run.part("Training three adapters in one run, each on its own task")
     for task in TASKS:
         assert task.description in shown
         assert f"{task.name}: step {STEPS}/{STEPS}  loss " in shown

@@ -59,15 +59,14 @@ def quickstart(
 
 
 def _train(console: Console, job: Quickstart) -> None:
-    heading(console, "Training three adapters, each on its own task")
+    heading(console, "Training three adapters in one run, each on its own task")
     with console.status("Loading the base model"):
-        job.model  # noqa: B018 (loads it)
+        job.ready  # noqa: B018 (reads the data and loads the model)
     for task in job.tasks:
         console.print(f"  [cyan]{task.name:<12}[/] {escape(task.description)}")
     console.print()
-    with live(console, [task.name for task in job.tasks]) as on_step:
-        for task in job.tasks:
-            job.train(task, on_step)
+    with live(console, [task.name for task in job.tasks]) as on_event:
+        job.train(on_event)
 
 
 def _structure(console: Console, job: Quickstart) -> None:
@@ -114,7 +113,7 @@ def _mixed(console: Console, job: Quickstart) -> None:
 def _reload(console: Console, job: Quickstart) -> None:
     heading(console, "Saved, and loaded onto a fresh base")
     with console.status("Saving and loading"):
-        found = job.save_and_reload()
+        found = job.reload()
     for folder in found.folders:
         console.print(f"  {escape(str(folder))}")
     console.print(

@@ -6,9 +6,10 @@ the end are checked against the model itself, and one that does not hold is said
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ import torch
 from torch import Tensor
 
 from multigraft import train as training
-from multigraft.demo import RECIPE, TASKS, Recipe, Task, examples, model_path
+from multigraft.atomic import write_files, write_utf8
+from multigraft.demo import RECIPE, TASKS, Example, Recipe, Task, examples, model_path
 from multigraft.inspection import Structure, inspect
-from multigraft.kbit import prepare_model_for_kbit_training
-from multigraft.methods.lora import LoraConfig
 from multigraft.model import PeftModel
 from multigraft.routing import BASE as BASE
+from multigraft.train.quantised import check_format
 
 ABOVE = 0.90
 """Exact match that each adapter has to exceed on its own task."""
@@ -82,13 +83,15 @@ class Quickstart:
     """The demo's job; call the stages in the order in which they are written here.
 
     Args:
-        output: directory for the three adapters, a subfolder each.
+        output: directory for the three adapters, a subfolder each, and for what is asked of
+            ``multigraft train``: a run's file and its data.
         seed: decides initial values, order and dropout.
         recipe: settings of every adapter.
         base: folder of the base model; the package's own by default.
         quantize: format in which the base's linear layers are kept (QLoRA), or None.
 
     Raises:
+        ConfigError: there is no such format.
         TrainingError: the output cannot be written to.
     """
 
@@ -103,6 +106,8 @@ class Quickstart:
     ) -> None:
         self.output = Path(output)
         training.check_output(self.output)
+        if quantize is not None:
+            check_format(quantize)
         self.seed = seed
         self.recipe = recipe
         self.base = str(base or model_path())
@@ -112,28 +117,59 @@ class Quickstart:
         self.reloaded: Reload | None = None
 
     @cached_property
-    def tokenizer(self) -> Any:
-        """The base model's tokeniser."""
-        return training.load_tokenizer(self.base)
+    def run_file(self) -> Path:
+        """What is asked of ``multigraft train``: a file of three adapters, and their data."""
+        import yaml
+
+        data = {task.name: self.output / "data" / f"{task.name}.jsonl" for task in self.tasks}
+        rows = self.recipe.steps * self.recipe.batch
+        texts = {
+            path: "".join(_line(each) for each in examples(task, "train", rows, TRAIN_SEED))
+            for task, path in zip(self.tasks, data.values(), strict=True)
+        }
+        run = {
+            "model": self.base,
+            "output": str(self.output),
+            "dtype": self.recipe.dtype,
+            "device": "cpu",
+            **({"quantize": self.quantize} if self.quantize else {}),
+            "rank": self.recipe.rank,
+            "alpha": float(self.recipe.alpha),
+            "target_modules": self.recipe.targets,
+            "steps": self.recipe.steps,
+            "batch_size": self.recipe.batch,
+            "lr": self.recipe.learning_rate,
+            "warmup": float(self.recipe.warmup_steps),
+            "weight_decay": self.recipe.weight_decay,
+            "clip": self.recipe.clip_norm,
+            "seed": self.seed,
+            "overwrite": True,
+            "adapters": [{"name": name, "data": str(path)} for name, path in data.items()],
+        }
+        texts[self.output / "run.yaml"] = yaml.safe_dump(run, sort_keys=False)
+        write_files({path: partial(write_utf8, text=text) for path, text in texts.items()})
+        return self.output / "run.yaml"
 
     @cached_property
-    def model(self) -> PeftModel:
-        """The base with one new adapter per task, all of them over every linear layer."""
-        model: Any = self._load_base()
-        if self.quantize:
-            prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-        for task in self.tasks:
-            model = training.attach(model, self._config(), task.name, self.seed)
-        return model
+    def ready(self) -> training.Prepared:
+        """The run: the base with one new adapter per task, all of them over every linear layer."""
+        from multigraft.train.spec import job_of, read_run
 
-    def train(self, task: Task, on_step: training.OnStep | None = None) -> list[float]:
-        """Train the task's adapter; the loss of every step."""
-        recipe = self._train_recipe()
-        rows = examples(task, "train", self.recipe.steps * self.recipe.batch, TRAIN_SEED)
-        coded = training.encode(training.pairs(rows), self.tokenizer, 512)
-        pad = training.pad_token(self.tokenizer)
-        lane = training.Lane(self.model, task.name, coded.examples, recipe, pad)
-        return training.train(self.model, lane, on_step)
+        return job_of(read_run(self.run_file)).prepare()
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base model's tokeniser."""
+        return self.ready.tokenizer
+
+    @property
+    def model(self) -> PeftModel:
+        """The base with its adapters."""
+        return self.ready.model
+
+    def train(self, on_event: training.OnEvent | None = None) -> list[training.Outcome]:
+        """Train all adapters in one run, and save each when it is done."""
+        return self.ready.run(on_event)
 
     def structure(self) -> Structure:
         """What hangs where: the base, its sites, the adapters at each."""
@@ -179,10 +215,9 @@ class Quickstart:
             for (name, task, record), a in zip(rows, answers, strict=True)
         ]
 
-    def save_and_reload(self) -> Reload:
-        """Save the adapters, load them onto a fresh base, and compare the logits of one batch."""
+    def reload(self) -> Reload:
+        """Load the saved adapters onto a fresh base, and compare the logits of one batch."""
         names = [task.name for task in self.tasks]
-        self.model.save_pretrained(self.output, selected_adapters=names)
         folders = [self.output / name for name in names]
         fresh = PeftModel.from_pretrained(self._load_base(), folders[0], adapter_name=names[0])
         for name, folder in zip(names[1:], folders[1:], strict=True):
@@ -195,9 +230,7 @@ class Quickstart:
     def promises(self) -> list[Promise]:
         """What the quick start claims, each held against what was found."""
         structure, scores, reloaded = self.structure(), self.scores, self.reloaded
-        assert scores is not None and reloaded is not None, (
-            "evaluate and save_and_reload come first"
-        )
+        assert scores is not None and reloaded is not None, "evaluate and reload come first"
         own = [scores.table[t.name, t.name] for t in self.tasks]
         base = scores.row(BASE, self.tasks)
         side_by_side = all(
@@ -230,25 +263,6 @@ class Quickstart:
         dtype = self.recipe.dtype
         return training.load_model(self.base, dtype=dtype, device="cpu", quantize=self.quantize)
 
-    def _config(self) -> LoraConfig:
-        return LoraConfig(
-            r=self.recipe.rank,
-            lora_alpha=self.recipe.alpha,
-            target_modules=self.recipe.targets,
-            task_type="CAUSAL_LM",
-        )
-
-    def _train_recipe(self) -> training.Recipe:
-        return training.Recipe(
-            steps=self.recipe.steps,
-            batch_size=self.recipe.batch,
-            lr=self.recipe.learning_rate,
-            warmup=self.recipe.warmup_steps,
-            weight_decay=self.recipe.weight_decay,
-            clip=self.recipe.clip_norm,
-            seed=self.seed,
-        )
-
     def _mixed_rows(self) -> list[tuple[str, Task, training.Pair]]:
         """Rows in turn: a row of each adapter, again, and one of the base."""
         drawn = {
@@ -279,3 +293,9 @@ def _input_of(task: Task, prompt: str) -> str:
     """What the prompt's frame holds."""
     before, _, after = task.prompt.partition("{text}")
     return prompt.removeprefix(before).removesuffix(after)
+
+
+def _line(example: Example) -> str:
+    """An example as a line of a data file."""
+    row = {"prompt": example.prompt, "completion": example.completion}
+    return json.dumps(row, ensure_ascii=False) + "\n"

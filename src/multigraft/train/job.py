@@ -14,6 +14,7 @@ from torch import nn
 from multigraft.config import PeftConfig
 from multigraft.containers import check_name
 from multigraft.errors import CheckpointError, ConfigError, TrainingError
+from multigraft.kbit import prepare_model_for_kbit_training
 from multigraft.model import PeftModel
 from multigraft.train.dataset import DataSet, Loaded, Split, load_data, records_of
 from multigraft.train.entrant import Entrant
@@ -23,6 +24,7 @@ from multigraft.train.load import attach, load_tokenizer, pad_token
 from multigraft.train.outcome import Prepared
 from multigraft.train.output import check_output, refuse_to_replace
 from multigraft.train.packing import check_packing
+from multigraft.train.quantised import check_format
 from multigraft.train.recipe import Recipe
 from multigraft.train.saves import Saves
 from multigraft.train.store import lengths_of
@@ -135,6 +137,8 @@ class Job:
             MultigraftError: whichever of them does not fit; the output is untouched.
         """
         self._check_names()
+        if self.quantize is not None:
+            check_format(self.quantize)
         folders = [self.folder(adapter.name) for adapter in self.adapters]
         if not self.resume:
             refuse_to_replace(folders, Path(self.output), self.overwrite)
@@ -162,14 +166,10 @@ class Job:
             yield from records_of(adapter.sources, task, adapter.format)
 
     def _attach(self, base: nn.Module, task: Task) -> PeftModel:
+        if self.quantize is not None:
+            prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
         if self.gradient_checkpointing:
             _checkpoint(base)
-        if self.quantize is not None:
-            from multigraft.kbit import prepare_model_for_kbit_training
-
-            prepare_model_for_kbit_training(
-                base, use_gradient_checkpointing=self.gradient_checkpointing
-            )
         grown: nn.Module = base
         for adapter in self.adapters:
             seed, kind = adapter.recipe.seed, task.task_type

@@ -30,11 +30,7 @@ def load_options(
         ConfigError: there is no such format.
         MissingExtraError: bitsandbytes is not installed.
     """
-    if quantize not in FORMATS:
-        raise ConfigError(
-            f"`quantize` (={quantize!r}) must be one of {', '.join(FORMATS)}."
-            f"{did_you_mean(quantize, FORMATS)}"
-        )
+    check_format(quantize)
     try:
         import bitsandbytes  # noqa: F401 (transformers' own message names other things)
     except ImportError as error:
@@ -53,3 +49,16 @@ def load_options(
             bnb_4bit_compute_dtype=dtype if isinstance(dtype, torch.dtype) else torch.bfloat16,
         )
     return {"quantization_config": config, "device_map": {"": device}}
+
+
+def check_format(quantize: str) -> None:
+    """Fail when there is no such format.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if quantize not in FORMATS:
+        raise ConfigError(
+            f"`quantize` (={quantize!r}) must be one of {', '.join(FORMATS)}."
+            f"{did_you_mean(quantize, FORMATS)}"
+        )

@@ -5,7 +5,7 @@ Types are strict and other keys are refused. Ranges are checked where the values
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -94,7 +94,7 @@ class RunSpec(AdapterKeys):
     task: str | dict[str, Any] = Field("causal-lm", description="What is learned.")
     dtype: str = Field("auto", description="Of the base: auto, float32, bfloat16 or float16.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps, …")
-    quantize: Literal["nf4", "fp4", "int8"] | None = Field(
+    quantize: str | None = Field(
         None, description="Keep the base's linear layers in nf4, fp4 or int8."
     )
     gradient_checkpointing: bool = Field(
