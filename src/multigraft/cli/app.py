@@ -9,10 +9,12 @@ from typing import Annotated
 import typer
 
 import multigraft
+from multigraft.cli.chat import chat
 from multigraft.cli.convert import convert
 from multigraft.cli.diff import diff
 from multigraft.cli.doctor import doctor
 from multigraft.cli.export import export
+from multigraft.cli.generate import generate
 from multigraft.cli.inspect import inspect
 from multigraft.cli.interrupted import EXIT_CODE, Interrupted
 from multigraft.cli.merge import merge
@@ -84,6 +86,8 @@ app.command()(targets)
 app.command()(diff)
 app.command()(report)
 app.command()(doctor)
+app.command()(generate)
+app.command()(chat)
 app.command()(merge)
 app.command()(export)
 app.command()(convert)
