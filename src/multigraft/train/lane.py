@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from multigraft.errors import CheckpointError, TrainingError
+from multigraft.methods import METHODS, Schedule
 from multigraft.model import PeftModel
 from multigraft.schedule import advance
 from multigraft.train import optimizer
@@ -219,11 +220,11 @@ class Lane:
         self.losses = list(values["losses"])
 
 
-def _schedule_of(lane: Lane) -> Any:
-    from multigraft.methods import METHODS
-
+def _schedule_of(lane: Lane) -> Schedule:
+    """What changes the adapter besides the optimiser; its state is about to be restored."""
     config = lane.roster.configs[lane.adapter]
     made = METHODS[str(config.peft_type)].schedule(config)
+    assert made is not None  # it had a state to keep
     return lane.roster.schedules.setdefault(lane.adapter, made)
 
 

@@ -90,12 +90,9 @@ class Run:
                 raise
         failed = [e.message for e in self.entrants if e.end == "failed"]
         if failed:
-            where = f" Each is kept as it was before in {self.saves.last}." if self._is_kept else ""
+            last = None if self.saves is None else self.saves.last
+            where = "" if last is None else f" Each is kept as it was before in {last}."
             raise TrainingError(f"{' '.join(failed)}{where}")
-
-    @property
-    def _is_kept(self) -> bool:
-        return self.saves is not None and self.saves.last is not None
 
     def save(self) -> None:
         """Write a checkpoint; a disk that refuses is warned of, and the last one stays."""

@@ -75,7 +75,7 @@ def _yaml(path: Path) -> dict[str, Any]:
 def _loader(yaml: Any) -> Any:
     """YAML's safe loader, to which 1e-4 is a number and a key given twice is a mistake."""
 
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+    class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             keys = [key.value for key, _ in node.value]
             twice = next((key for key in keys if keys.count(key) > 1), None)
