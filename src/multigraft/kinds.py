@@ -48,6 +48,9 @@ class BaseTunerLayer(Question):
     methods: ClassVar[frozenset[str]] = frozenset()
     """The methods that make a layer one of these; all, where none is named."""
 
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ()
+    """The groups of tensors that such a layer may have; a layer itself shows those that it has."""
+
     @classmethod
     def serves(cls, graft: Graft) -> bool:
         """Whether it is of one of the class's methods."""
@@ -58,60 +61,84 @@ class LoraLayer(BaseTunerLayer):
     """A layer with a LoRA of any variant, or an AdaLoRA."""
 
     methods = frozenset({"LORA", "ADALORA"})
+    adapter_layer_names = (
+        "lora_A",
+        "lora_B",
+        "lora_embedding_A",
+        "lora_embedding_B",
+        "lora_magnitude_vector",
+    )
 
 
 class AdaLoraLayer(LoraLayer):
     """A layer with an AdaLoRA."""
 
     methods = frozenset({"ADALORA"})
+    adapter_layer_names = ("lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B")
 
 
 class HiraLayer(BaseTunerLayer):
     """A layer with a HiRA."""
 
     methods = frozenset({"HIRA"})
+    adapter_layer_names = ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B")
 
 
 class IA3Layer(BaseTunerLayer):
     """A layer with an IA3."""
 
     methods = frozenset({"IA3"})
+    adapter_layer_names = ("ia3_l",)
 
 
 class LNTuningLayer(BaseTunerLayer):
     """A norm of which an adapter trains its own copy."""
 
     methods = frozenset({"LN_TUNING"})
+    adapter_layer_names = ("ln_tuning_layers",)
 
 
 class LoHaLayer(BaseTunerLayer):
     """A layer with a LoHa."""
 
     methods = frozenset({"LOHA"})
+    adapter_layer_names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 
 
 class LoKrLayer(BaseTunerLayer):
     """A layer with a LoKr."""
 
     methods = frozenset({"LOKR"})
+    adapter_layer_names = (
+        "lokr_w1",
+        "lokr_w1_a",
+        "lokr_w1_b",
+        "lokr_w2",
+        "lokr_w2_a",
+        "lokr_w2_b",
+        "lokr_t2",
+    )
 
 
 class OFTLayer(BaseTunerLayer):
     """A layer with an OFT."""
 
     methods = frozenset({"OFT"})
+    adapter_layer_names = ("oft_R",)
 
 
 class TrainableTokensLayer(BaseTunerLayer):
     """An embedding with an adapter of single tokens."""
 
     methods = frozenset({"TRAINABLE_TOKENS"})
+    adapter_layer_names = ("trainable_tokens_delta",)
 
 
 class VeraLayer(BaseTunerLayer):
     """A layer with a VeRA."""
 
     methods = frozenset({"VERA"})
+    adapter_layer_names = ("vera_lambda_b", "vera_lambda_d")
 
 
 class ModulesToSaveWrapper(Question):
