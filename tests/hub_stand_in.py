@@ -184,7 +184,8 @@ class Handler(BaseHTTPRequestHandler):
         is_there = name in self.hub.repositories
         repository = self.hub.add(name)
         if not is_there:
-            repository.is_private = bool(asked.get("private"))
+            repository.is_private = asked.get("private") or asked.get("visibility") == "private"
+            repository.commit({".gitattributes": b""}, message="initial commit")
         self._json({"url": f"{self.hub.url}/{name}", "id": name}, 409 if is_there else 200)
 
     def branch(self, repo: str, revision: str) -> None:

@@ -27,13 +27,18 @@ FOUNDATIONS = {
     "fields": ("errors", "expressions"),
     "expressions": (),
     "draws": ("errors", "kernels"),
-    "config": ("errors", "registry", "fields", "reading", "atomic", "checkpoint"),
+    "config": ("errors", "registry", "fields", "reading", "config_files"),
+    "config_files": (
+        *("errors", "fields", "reading", "hub"),
+        *("config", "atomic", "checkpoint", "card"),
+    ),
     "reading": ("errors",),
     "site": ("bases", "storage"),
 }
 """What every layer may import, and all that each of these may import itself: none reaches the
 wrapper or the model. `defaults` is a table of names by architecture, data and one look-up, which a
-method's contract points at; `config` opens files only in the functions that read or write them."""
+method's contract points at; `config_files` opens files only in the functions that read or write
+them, and only there imports what does."""
 CLI_MODULES = (
     *("demo", "train", "errors", "exchange", "inspection", "report", "combine", "generation"),
     "merging",

@@ -1,4 +1,4 @@
-"""Adapter configs: validated dataclasses, to and from ``adapter_config.json``.
+"""Adapter configs: validated dataclasses; `multigraft.config_files` has their files.
 
 The shared fields stand here once; a method's own file adds the few that it needs. A config is the
 user's: the library copies it and never changes it. Keys of a file that this version does not know
@@ -9,30 +9,23 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import math
-import os
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, ClassVar
 
-from multigraft.errors import ConfigError, MultigraftWarning, did_you_mean
+from multigraft.config_files import ConfigFiles
+from multigraft.errors import ConfigError, did_you_mean
 from multigraft.fields import (
-    FORMAT_VERSION,
-    built,
     check_indices,
     check_regex,
-    is_newer,
     is_unset,
     name_list,
-    plain,
 )
-from multigraft.reading import CONFIG_NAME, read_config, shown
+from multigraft.reading import CONFIG_NAME
 from multigraft.registry import Registry
 
 
@@ -81,7 +74,7 @@ CONFIGS: Registry[type[PeftConfig]] = Registry("peft_type")
 
 
 @dataclass
-class PeftConfig:
+class PeftConfig(ConfigFiles):
     """What every adapter has, whatever its method.
 
     Args:
@@ -105,9 +98,6 @@ class PeftConfig:
     revision: str | None = None
     inference_mode: bool = False
 
-    _not_saved: ClassVar[frozenset[str]] = frozenset()
-    _ours_only: ClassVar[frozenset[str]] = frozenset()
-    """Fields that PEFT's config lacks: left out of the file while None, for its readers' sake."""
     _unbuilt: ClassVar[Mapping[str, Any]] = {}
     """Fields of PEFT's config that are not built, with the only value that is accepted."""
 
@@ -145,70 +135,14 @@ class PeftConfig:
         """Whether the method changes the context rather than a weight."""
         return False
 
+    @property
+    def is_adaption_prompt(self) -> bool:
+        """Whether the method adds to what attention gives."""
+        return False
+
     def copy(self) -> PeftConfig:
         """A deep copy; the model keeps one, so that later edits of the original change nothing."""
         return copy.deepcopy(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field that goes into the file, with plain values; unknown keys come along."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        values |= self.extra
-        hidden = self._not_saved | {k for k in self._ours_only if values[k] is None}
-        return {k: plain(v) for k, v in values.items() if k not in hidden}
-
-    def to_json(self) -> str:
-        """The text of ``adapter_config.json``: sorted keys, indent 2, frozen for inference."""
-        saved = self.to_dict() | {"inference_mode": True, "peft_version": FORMAT_VERSION}
-        return json.dumps(saved, indent=2, sort_keys=True)
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **_: Any) -> None:
-        """Write ``adapter_config.json`` into the directory, atomically."""
-        from multigraft.atomic import write_text
-
-        directory = Path(save_directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        write_text(directory / CONFIG_NAME, self.to_json())
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> PeftConfig:
-        """The config that a file's keys describe, of the class that its ``peft_type`` names.
-
-        Raises:
-            ConfigError: ``peft_type`` is missing, or a value is not allowed.
-            UnsupportedError: ``peft_type`` names a method that we do not have.
-        """
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"{CONFIG_NAME} must hold an object, not {type(values).__name__}.")
-        kind = values.get("peft_type")
-        if kind is None:
-            raise ConfigError(f"{CONFIG_NAME} has no `peft_type`; it is not an adapter's config.")
-        klass = CONFIGS[str(kind)]
-        if cls is not PeftConfig and not issubclass(klass, cls):
-            raise ConfigError(f"`peft_type` (={kind!r}) is not what {cls.__name__} describes.")
-        known = {f.name for f in dataclasses.fields(klass)}
-        config = built(klass, {k: v for k, v in values.items() if k in known})
-        config.extra = {k: v for k, v in values.items() if k not in known}
-        version = values.get("peft_version")
-        if config.extra or is_newer(version):
-            names = ", ".join(shown(k) for k in sorted(config.extra)[:8])
-            unknown = f": unknown keys {names} are kept but have no effect here" if names else ""
-            warnings.warn(
-                f"{CONFIG_NAME} was written by version {version!r}; Multigraft follows "
-                f"{FORMAT_VERSION!r}{unknown}. Compare outputs with what wrote it.",
-                MultigraftWarning,
-                stacklevel=2,
-            )
-        return config
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str = "", **hub: Any
-    ) -> PeftConfig:
-        """Read the config of a local directory or of a hub repository."""
-        from multigraft.checkpoint import locate
-
-        path = locate(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
-        return cls.from_dict(read_config(path))
 
 
 @dataclass

@@ -207,8 +207,8 @@ def _us(options: Mapping[str, Any]) -> dict[str, Any]:
 def _take_card(hub: Any, repository: str, folder: Path, **where: Any) -> None:
     try:
         hub.hf_hub_download(repository, CARD, local_dir=folder, **where)
-    except hub.errors.EntryNotFoundError:
-        return
+    except (hub.errors.EntryNotFoundError, hub.errors.RevisionNotFoundError):
+        return  # it has none yet
 
 
 def _refusal(

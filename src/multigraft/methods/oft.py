@@ -14,6 +14,7 @@ its merged weight; here both are the paper's W' = W R. PEFT's `module_dropout` h
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -77,6 +78,27 @@ class OFTConfig(TargetedConfig):
             "at least 0",
         )
         require_probability("OFTConfig", "module_dropout", self.module_dropout)
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """A file's values, unless its writer's OFT was another one.
+
+        Raises:
+            ConfigError: PEFT below 0.15 wrote it, whose tensors mean something else.
+        """
+        if "oft_block_size" not in kwargs:
+            raise ConfigError(
+                "the file has no `oft_block_size`: PEFT below 0.15 wrote it, and its OFT was "
+                "another one. Train it anew, or use it with PEFT 0.13."
+            )
+        if kwargs.get("use_cayley_neumann") and not _is_since(kwargs.get("peft_version"), (0, 18)):
+            warnings.warn(
+                "the adapter was trained with PEFT below 0.18, whose `use_cayley_neumann` was "
+                "another series: outputs differ. Train it anew, or use it with PEFT 0.17.",
+                MultigraftWarning,
+                stacklevel=2,
+            )
+        return super().check_kwargs(**kwargs)
 
 
 @method("OFT", config=OFTConfig, paper="arXiv:2306.07280")
@@ -196,3 +218,9 @@ def _nearest_divisor(size: int, wanted: int) -> int:
     lower = next(d for d in range(wanted, 0, -1) if size % d == 0)
     higher = next(d for d in range(wanted, size + 1) if size % d == 0)
     return lower if wanted - lower <= higher - wanted else higher
+
+
+def _is_since(version: Any, least: tuple[int, int]) -> bool:
+    """Whether a file's version is at least this one; files of before 0.18 have none."""
+    numbers = re.findall(r"\d{1,9}", str(version or "0.0"))[:2]
+    return tuple(map(int, numbers)) >= least
