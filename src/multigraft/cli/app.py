@@ -10,6 +10,7 @@ import typer
 
 import multigraft
 from multigraft.cli.chat import chat
+from multigraft.cli.combine import combine
 from multigraft.cli.convert import convert
 from multigraft.cli.diff import diff
 from multigraft.cli.doctor import doctor
@@ -89,5 +90,6 @@ app.command()(doctor)
 app.command()(generate)
 app.command()(chat)
 app.command()(merge)
+app.command()(combine)
 app.command()(export)
 app.command()(convert)
