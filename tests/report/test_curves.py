@@ -31,8 +31,9 @@ def test_several_adapters_in_one_log_are_curves_of_their_own(tmp_path):
 def test_the_trainers_own_log_is_read_where_there_is_no_other(tmp_path):
     history = [{"step": 10, "loss": 2.5}, {"step": 10, "eval_loss": 2.0}, {"step": 20, "loss": 1.5}]
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history}))
-    (curve,) = read_curves(tmp_path, "folder")
+    curve, held_out = read_curves(tmp_path, "folder")
     assert (curve.adapter, curve.points) == ("folder", ((10, 2.5), (20, 1.5)))
+    assert (held_out.adapter, held_out.points) == ("folder, held out", ((10, 2.0),))
 
 
 def test_a_long_log_is_averaged(tmp_path):

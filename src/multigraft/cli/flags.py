@@ -86,4 +86,6 @@ def _value(name: str, field: FieldInfo, value: Any) -> Any:
         import yaml
 
         return yaml.safe_load(value)
+    if get_origin(field.annotation) is list:
+        return [part.strip() for part in value.split(",")]
     return value

@@ -14,7 +14,7 @@ from rich.table import Table
 from multigraft.cli.flags import given, with_flags
 from multigraft.cli.interrupted import Interrupted
 from multigraft.cli.screen import duration, heading, live, screen
-from multigraft.train import Job, Outcome, Prepared
+from multigraft.train import REPORT, Job, Outcome, Prepared
 from multigraft.train.spec import RunSpec, job_of, read_run
 
 
@@ -103,6 +103,8 @@ def _summary(console: Console, job: Job, outcomes: list[Outcome], seconds: float
         "of what was saved."
     )
     console.print(f"time         {duration(seconds)}")
+    if (Path(job.output) / REPORT).exists():
+        console.print(f"report       {escape(str(Path(job.output) / REPORT))}", soft_wrap=True)
     for each in outcomes:
         console.print(f"saved in     {escape(str(each.folder))}", soft_wrap=True)
     heading(console, "Load it")

@@ -144,6 +144,7 @@ class Quickstart:
             "clip": self.recipe.clip_norm,
             "seed": self.seed,
             "overwrite": True,
+            "report": False,
             "adapters": [{"name": name, "data": str(path)} for name, path in data.items()],
         }
         texts[self.output / "run.yaml"] = yaml.safe_dump(run, sort_keys=False)

@@ -22,7 +22,8 @@ class Curve:
     """A loss over steps.
 
     Args:
-        adapter: whose training it was, as the log says.
+        adapter: whose training it was, as the log says; ``, held out`` follows where it is the
+            loss on held-out examples.
         points: (step, loss), by step.
         each: over how many logged steps a point is the mean.
         source: the file's name.
@@ -70,11 +71,15 @@ def _curves(rows: Iterable[Any], adapter: str, source: str) -> Iterator[Curve]:
     for row in rows:
         if not isinstance(row, dict):
             continue
-        step, loss = row.get("step"), row.get("loss")
-        if not _is_number(step) or not _is_number(loss):
+        step, name = row.get("step"), row.get("adapter")
+        if not _is_number(step):
             continue
-        name = row.get("adapter")
-        by_name.setdefault(name if isinstance(name, str) else adapter, {})[int(step)] = float(loss)
+        measured = row.get("eval")
+        held_out = measured.get("loss") if isinstance(measured, dict) else row.get("eval_loss")
+        name = name if isinstance(name, str) else adapter
+        for curve, loss in ((name, row.get("loss")), (f"{name}, held out", held_out)):
+            if _is_number(loss):
+                by_name.setdefault(curve, {})[int(step)] = float(loss)
     for name, found in by_name.items():
         points = sorted(found.items())
         each = math.ceil(len(points) / POINTS)

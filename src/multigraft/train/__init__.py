@@ -20,7 +20,7 @@ from multigraft.train.job import AdapterJob, Job
 from multigraft.train.lane import Lane
 from multigraft.train.load import attach, load_model, load_tokenizer, pad_token
 from multigraft.train.loop import OnStep, train
-from multigraft.train.outcome import Outcome, Prepared
+from multigraft.train.outcome import REPORT, Outcome, Prepared
 from multigraft.train.output import check_output
 from multigraft.train.preview import Preview, Shown, preview
 from multigraft.train.recipe import SCHEDULES, Recipe
@@ -29,6 +29,7 @@ from multigraft.train.skeleton import load_base, load_skeleton
 from multigraft.train.watch import Watch
 
 __all__ = [
+    "REPORT",
     "SCHEDULES",
     "AdapterJob",
     "Answer",

@@ -30,6 +30,7 @@ from multigraft.train.saves import Saves
 from multigraft.train.store import lengths_of
 from multigraft.train.tasks import Task
 from multigraft.train.tasks.causal_lm import CausalLM
+from multigraft.train.trackers import TRACKERS, Tracking
 from multigraft.train.watch import HeldOut, Watch
 
 
@@ -110,6 +111,8 @@ class Job:
         keep: how many checkpoints are kept while the run lasts.
         overwrite: replace adapters that lie in ``output`` already.
         resume: go on from the last checkpoint in ``output``.
+        log_to: trackers that get the curves besides the logs, by name.
+        report: whether a page on the adapters and their curves is written at the end.
     """
 
     model: str
@@ -124,6 +127,8 @@ class Job:
     keep: int = 2
     overwrite: bool = False
     resume: bool = False
+    log_to: Sequence[str] = ()
+    report: bool = False
 
     def folder(self, name: str) -> Path:
         """Where an adapter's own files go."""
@@ -139,6 +144,8 @@ class Job:
         self._check_names()
         if self.quantize is not None:
             check_format(self.quantize)
+        for name in self.log_to:
+            TRACKERS[name]  # an unknown one is told before anything is read
         folders = [self.folder(adapter.name) for adapter in self.adapters]
         if not self.resume:
             refuse_to_replace(folders, Path(self.output), self.overwrite)
@@ -159,7 +166,8 @@ class Job:
         cut = sum(own.cut for own, _ in data)
         saves = Saves(Path(self.output), self._asked(entrants), self.save_every, self.keep)
         found = self._found(saves) if self.resume else None
-        return Prepared(self, model, tokenizer, entrants, saves, bad, cut, found)
+        tracking = Tracking(self.log_to, Path(self.output), saves.asked)
+        return Prepared(self, model, tokenizer, entrants, saves, tracking, bad, cut, found)
 
     def _records(self, task: Task) -> Iterator[Any]:
         for adapter in self.adapters:

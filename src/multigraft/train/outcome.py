@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from multigraft.errors import TrainingError
+from multigraft.errors import MultigraftError, MultigraftWarning
 from multigraft.model import PeftModel
 from multigraft.train.entrant import Entrant
 from multigraft.train.evaluate import share_right
@@ -19,9 +20,13 @@ from multigraft.train.log import RunLog
 from multigraft.train.records import BadLine
 from multigraft.train.run import Run
 from multigraft.train.saves import Checkpoint, Saves
+from multigraft.train.trackers import Tracking
 
 if TYPE_CHECKING:
     from multigraft.train.job import Job
+
+
+REPORT = "report.html"
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ class Prepared:
     tokenizer: Any
     entrants: list[Entrant]
     saves: Saves
+    tracking: Tracking
     bad: Sequence[BadLine]
     cut: int
     found: Checkpoint | None = None
@@ -76,6 +82,7 @@ class Prepared:
     def __post_init__(self) -> None:
         self.logs: dict[str, RunLog] = {}
         self.saved: dict[str, Path] = {}
+        self.report: Path | None = None
         writes = self.saves if self.job.save_every else None
         self.process = Run(self.model, self.entrants, saves=writes, on_finish=self._save)
         if self.found is not None:
@@ -95,6 +102,7 @@ class Prepared:
         def tell(event: Event) -> None:
             if isinstance(event, (Progress, Evaluated)):
                 self.logs[event.adapter](event)
+            self.tracking(event)
             if on_event is not None:
                 on_event(event)
 
@@ -105,11 +113,15 @@ class Prepared:
         except Exception:  # not Ctrl-C, after which `rescue` says what is where
             self._drop_logs()
             raise
+        finally:
+            self.tracking.close()
         for entrant in self.entrants:  # those that were over when the run was taken up
             if entrant.name not in self.saved:
                 self._save(entrant)
         after = self._exact_matches()
         self.saves.clear()
+        if self.job.report:
+            self._report()
         return [
             Outcome(
                 e.name,
@@ -153,6 +165,17 @@ class Prepared:
         if name in self.logs:
             self.logs[name].keep()
 
+    def _report(self) -> None:
+        from multigraft.report import write_report
+
+        page = Path(self.job.output) / REPORT
+        try:
+            write_report([str(folder) for folder in self.saved.values()], page)
+        except MultigraftError as error:  # the adapters are saved; the page is an extra
+            warnings.warn(f"no report was written: {error}", MultigraftWarning, stacklevel=3)
+        else:
+            self.report = page
+
     def _exact_matches(self) -> dict[str, float]:
         """The share of right answers of every adapter that is asked for some."""
         found = {}
@@ -171,8 +194,3 @@ class Prepared:
                 log.drop()
             with suppress(OSError):
                 self.saves.folder.rmdir()
-
-
-def failed(entrants: Sequence[Entrant]) -> list[TrainingError]:
-    """What went wrong, adapter by adapter."""
-    return [TrainingError(e.message) for e in entrants if e.end == "failed"]

@@ -88,6 +88,7 @@ class Run:
             except (KeyboardInterrupt, TrainingError, CheckpointError):
                 self.save()
                 raise
+        self.model.roster.set_active(names[:1])
         failed = [e.message for e in self.entrants if e.end == "failed"]
         if failed:
             last = None if self.saves is None else self.saves.last

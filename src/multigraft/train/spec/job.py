@@ -40,6 +40,8 @@ def job_of(run: RunSpec) -> Job:
         keep=run.keep,
         overwrite=run.overwrite,
         resume=run.resume,
+        log_to=tuple(run.log_to),
+        report=run.report,
     )
 
 

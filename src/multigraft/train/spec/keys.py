@@ -104,3 +104,7 @@ class RunSpec(AdapterKeys):
     keep: int = Field(2, description="How many checkpoints are kept.")
     overwrite: bool = Field(False, description="Replace what is there already.")
     resume: bool = Field(False, description="Go on from the last checkpoint.")
+    log_to: list[str] = Field(
+        default_factory=list, description="Trackers for the curves: tensorboard, wandb, trackio."
+    )
+    report: bool = Field(True, description="Write a page on the adapters at the end.")
