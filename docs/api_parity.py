@@ -37,6 +37,11 @@ listed. What behaves differently is in [coming-from-peft.md](coming-from-peft.md
 
 {here} of {total} names are here; {methods} of the others are of methods that are not built.
 """
+ONLY_HERE = """
+## Only here
+
+Names of `multigraft` that PEFT does not have:
+"""
 
 
 def absent() -> dict[str, str]:
@@ -135,7 +140,9 @@ def page() -> str:
             continue
         parts = [f"`{part}`: {reason}" for part, reason in differences(name).items()]
         lines.append(f"| `{name}` | yes | {'<br>'.join(parts)} |")
-    return "\n".join(lines) + "\n"
+    ours = sorted(set(multigraft.__all__) - set(names) - {"__version__"})
+    listed = ", ".join(f"`{name}`" for name in ours)
+    return "\n".join([*lines, ONLY_HERE, f"{listed}."]) + "\n"
 
 
 if __name__ == "__main__":
