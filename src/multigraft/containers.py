@@ -142,12 +142,13 @@ def hold(owner: nn.Module, name: str, tensor: Tensor) -> None:
 def fetch(owner: nn.Module, name: str) -> Tensor:
     """The tensor under ``name``; always read afresh, since ``.to()`` and sharding replace them."""
     # By index, not by `get`: the table may be DeepSpeed's, which fetches what is asked for so.
-    tensor = owner._parameters[name] if name in owner._parameters else None
-    if tensor is None:
-        buffer = owner._buffers[name]
-        assert buffer is not None
-        return buffer
-    return tensor
+    if name in owner._parameters:
+        parameter = owner._parameters[name]
+        if parameter is not None:
+            return parameter
+    buffer = owner._buffers[name]
+    assert buffer is not None
+    return buffer
 
 
 def escape(adapter: str) -> str:

@@ -17,7 +17,8 @@ import torch
 import torch.multiprocessing as mp
 
 LIMIT = 120.0
-"""Seconds that a job may take; whoever waits for a rank that failed gives up sooner. Most is for starting on a busy machine."""
+"""Seconds that a job may take; whoever waits for a rank that failed gives up sooner.
+Most of it is for starting on a busy machine."""
 
 
 class RankFailed(Exception):
