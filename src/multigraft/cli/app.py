@@ -14,11 +14,13 @@ from multigraft.cli.combine import combine
 from multigraft.cli.convert import convert
 from multigraft.cli.diff import diff
 from multigraft.cli.doctor import doctor
+from multigraft.cli.evaluate import evaluate
 from multigraft.cli.export import export
 from multigraft.cli.generate import generate
 from multigraft.cli.inspect import inspect
 from multigraft.cli.interrupted import EXIT_CODE, Interrupted
 from multigraft.cli.merge import merge
+from multigraft.cli.plan import plan
 from multigraft.cli.preview import preview
 from multigraft.cli.quickstart import quickstart
 from multigraft.cli.quiet import hush, one_line_warnings
@@ -80,6 +82,7 @@ def options(
 
 app.command()(quickstart)
 app.command()(train)
+app.command()(plan)
 app.command()(preview)
 app.command()(inspect)
 app.command()(verify)
@@ -89,6 +92,7 @@ app.command()(report)
 app.command()(doctor)
 app.command()(generate)
 app.command()(chat)
+app.command("eval")(evaluate)
 app.command()(merge)
 app.command()(combine)
 app.command()(export)

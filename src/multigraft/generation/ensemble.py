@@ -17,6 +17,7 @@ from multigraft.inspection import assemble
 from multigraft.model import PeftModel
 from multigraft.routing import BASE as BASE
 from multigraft.train import load_model, load_tokenizer
+from multigraft.train.tasks import Task
 
 Pathlike = str | os.PathLike[str]
 
@@ -110,13 +111,15 @@ def load_ensemble(
     device: str = "auto",
     quantize: str | None = None,
     allow_pickle: bool = False,
+    task: Task | None = None,
 ) -> Ensemble:
-    """A causal language model with these adapters beside each other.
+    """A model, by default a causal language model, with these adapters beside each other.
 
     Args:
         adapters: directories, or ids on the hub; a directory of several means all of them.
         base: the base model; by default the one that the adapters name.
         dtype, device, quantize: as for `load_model`.
+        task: loads a base of another kind; it is settled.
 
     Raises:
         CheckpointError: no base is given or named, or files are damaged or do not fit.
@@ -128,7 +131,8 @@ def load_ensemble(
 
     def load(source: str) -> nn.Module:
         sources.append(source)
-        return load_model(source, dtype=dtype, device=device, quantize=quantize)
+        load_as = load_model if task is None else task.load
+        return load_as(source, dtype=dtype, device=device, quantize=quantize)
 
     model = assemble(list(adapters), load, base=base, allow_pickle=allow_pickle)
     handle = model if isinstance(model, PeftModel) else PeftModel(model, None)
