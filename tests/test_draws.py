@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -12,115 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import multigraft
-from multigraft import LoraConfig, PeftModel, RoutingError, UnsupportedError, draws, get_peft_model
+from multigraft import PeftModel, RoutingError, UnsupportedError, draws
 from multigraft.draws import Draw, per_adapter
-
-EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-class Own(NamedTuple):
-    """One adapter and its part of the batch."""
-
-    config: Any
-    rows: int
-    width: int
-
-    def draw(self, seed: int) -> Draw:
-        return Draw(seed, self.rows, self.width)
-
-    def ids(self, seed: int) -> Tensor:
-        source = torch.Generator().manual_seed(seed)
-        return torch.randint(1, 32, (self.rows, self.width), generator=source)
-
-
-def lora(rank: int = 2, p: float = 0.5, **options: Any) -> LoraConfig:
-    options = {"target_modules": EVERY, "init_lora_weights": False, **options}
-    return LoraConfig(r=rank, lora_dropout=p, **options)
-
-
-def llama(configs: Sequence[Any]) -> PeftModel:
-    """A Llama of two layers in float64, with these adapters, all of which train."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    shape = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    return adapted(LlamaForCausalLM(shape), configs)
-
-
-def adapted(base: nn.Module, configs: Sequence[Any]) -> PeftModel:
-    torch.manual_seed(1)
-    model = get_peft_model(base.double(), configs[0], "a0", autocast_adapter_dtype=False)
-    for index, config in enumerate(configs[1:], 1):
-        model.add_adapter(f"a{index}", config, autocast_adapter_dtype=False)
-    names = [f"a{index}" for index in range(len(configs))]
-    source = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for name in names:
-            for parameter in model.roster.parameters(name):
-                noise = torch.randn(parameter.shape, generator=source, dtype=torch.float64)
-                parameter += noise / 4
-    return model.double().train()
-
-
-def loss_of(logits: Tensor, ids: Tensor) -> Tensor:
-    """Mean cross-entropy of the next tokens."""
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-
-
-def together(model: PeftModel, owns: Sequence[Own]) -> list[list[Tensor]]:
-    """Each adapter's gradients, of one step of all of them."""
-    width = max(own.width for own in owns)
-    parts = [own.ids(seed) for seed, own in enumerate(owns)]
-    ids = torch.cat([nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
-    names = [f"a{index}" for index, own in enumerate(owns) for _ in range(own.rows)]
-    model.base_model.set_requires_grad(list(dict.fromkeys(names)))
-    with per_adapter({f"a{i}": own.draw(10 + i) for i, own in enumerate(owns)}):
-        logits = model(input_ids=ids, attention_mask=(ids > 0).long(), adapter_names=names).logits
-    start, losses = 0, []
-    for part in parts:
-        rows, tokens = part.shape
-        losses.append(loss_of(logits[start : start + rows, :tokens], part))
-        start += rows
-    torch.stack(losses).sum().backward()
-    return taken(model, len(owns))
-
-
-def taken(model: PeftModel, adapters: int) -> list[list[Tensor]]:
-    """The gradients of each of these adapters, which are gone afterwards."""
-    names = [f"a{index}" for index in range(adapters)]
-    found = [[p.grad for p in model.roster.parameters(n) if p.grad is not None] for n in names]
-    model.zero_grad()
-    return found
-
-
-def alone(model: PeftModel, index: int, own: Own, routed: bool = False) -> list[Tensor]:
-    """One adapter's gradients, of a step of its own."""
-    ids, name = own.ids(index), f"a{index}"
-    model.set_adapter(name)
-    more = {"adapter_names": [name] * own.rows} if routed else {}
-    with per_adapter({name: own.draw(10 + index)}):
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **more).logits
-    loss_of(logits, ids).backward()
-    return taken(model, index + 1)[index]
-
-
-def check(model: PeftModel, owns: Sequence[Own]) -> None:
-    """What each adapter gets in company is what it gets alone."""
-    mixed = together(model, owns)
-    for index, own in enumerate(owns):
-        single = alone(model, index, own)
-        assert len(single) == len(mixed[index]) > 0
-        assert any(grad.abs().max() > 1e-6 for grad in single)
-        for one, other in zip(mixed[index], single, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
-
+from tests.company import EVERY, Own, adapted, alone, check, llama, lora, together
 
 PARTS = st.builds(
     lambda rank, p, rows, width, alpha: Own(lora(rank, p, lora_alpha=alpha), rows, width),
@@ -316,6 +209,17 @@ def test_so_many_are_dropped_and_rows_seeds_and_calls_differ(through: PeftModel)
     assert abs(first.double().mean() - 0.5) < 0.05
 
 
+def test_layers_of_one_input_may_drop_at_rates_of_their_own() -> None:
+    owns = [Own(lora(), 2, 6), Own(lora(3, 0.25), 2, 4)]
+    model = llama([own.config for own in owns])
+    plain = together(model, owns)
+    for layer in model.roster.layers["a1"]:
+        if layer.path.endswith(("k_proj", "up_proj")):
+            layer.grafts["a1"][0].method.dropout = 0.75
+    check(model, owns)
+    assert not torch.equal(together(model, owns)[1][0], plain[1][0])
+
+
 def test_torchs_generator_is_left_as_it_was(through: PeftModel) -> None:
     model = adapted(through.unload(), [lora(2, 0.5, target_modules=["layer"], use_dora=True)])
     x, before = torch.ones(3, 2, 40, dtype=torch.float64), torch.get_rng_state()
@@ -327,11 +231,25 @@ def test_torchs_generator_is_left_as_it_was(through: PeftModel) -> None:
     assert not torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_mixed_batch_block_keeps_nothing_from_without_a_block_of_draws() -> None:
+    model = llama([lora(), lora()])
+    ids = torch.ones(2, 3, dtype=torch.long)
+    with torch.no_grad(), model.mixed_batch(["a0", "a1"]):
+        for _ in range(2):
+            model(input_ids=ids)
+            found = []
+            for _ in range(2):
+                with per_adapter({"a0": Draw(1, 1), "a1": Draw(2, 1)}):
+                    found.append(model(input_ids=ids).logits)
+            assert torch.equal(*found)
+            assert not torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
 def test_evaluation_draws_nothing_and_needs_no_draw(through: PeftModel) -> None:
     x = torch.ones(3, 2, 40, dtype=torch.float64)
     with per_adapter({}):
         assert (through.eval()(x) == 1).all()
-        with pytest.raises(RoutingError, match="adapter `a0` has 3 rows of the batch and no draw"):
+        with pytest.raises(RoutingError, match="adapter `a0` acts in this block and has no draw"):
             through.train()(x)
 
 
@@ -361,6 +279,8 @@ def test_rows_of_several_adapters_are_refused() -> None:
         model.base_model.set_adapter(["a0", "a1"])
         with pytest.raises(RoutingError, match="can be one adapter's alone"):
             model(ids)
+        with pytest.raises(RoutingError, match="can be one adapter's alone"):
+            model.get_base_model()(ids)
         model(ids, adapter_names=["__base__", "__base__"])
 
 
@@ -372,3 +292,22 @@ def test_a_step_that_is_compiled_is_refused(through: PeftModel) -> None:
         compiled(x)
     assert issubclass(UnsupportedError, ValueError)
     compiled(x)
+
+
+def test_experts_of_one_parameter_draw_in_company_what_they_draw_alone() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    shape = MixtralConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=3,
+        experts_implementation="eager",
+    )
+    config = lora(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"])
+    owns = [Own(config, 2, 6), Own(config, 1, 4)]
+    check(adapted(MixtralForCausalLM(shape), [config, config]), owns)

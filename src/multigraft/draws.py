@@ -75,20 +75,15 @@ class Block:
         """
         counts: dict[str, int] = {}
         for own in owners:
-            if len(own) > 1:
-                raise RoutingError(
-                    f"per_adapter: a row has the adapters {sorted(own)}, and its random numbers "
-                    "can be one adapter's alone. Let one act on each row."
-                )
-            for name in own:
+            name = _only(own)
+            if name:
                 counts[name] = counts.get(name, 0) + 1
         for name, rows in counts.items():
-            draw = self.draws.get(name)
-            if draw is None or draw.rows != rows:
-                given = "no draw" if draw is None else f"a draw of {draw.rows}"
+            draw = self.of(name)
+            if draw.rows != rows:
                 raise RoutingError(
-                    f"per_adapter: adapter `{name}` has {rows} rows of the batch and {given}. Give "
-                    f"it `Draw(seed, rows={rows})`."
+                    f"per_adapter: adapter `{name}` has {rows} rows of the batch and a draw of "
+                    f"{draw.rows}. Give it `Draw(seed, rows={rows})`."
                 )
             is_alone = len(counts) == 1 and rows == len(owners)
             width = tokens if draw.width is None or tokens is None else draw.width
@@ -97,6 +92,19 @@ class Block:
                     f"per_adapter: adapter `{name}` has rows of a `width` (={width}) that does not "
                     f"suit a batch of {tokens} tokens a row. Pad rows at their end."
                 )
+
+    def of(self, adapter: str) -> Draw:
+        """The draw of one adapter.
+
+        Raises:
+            RoutingError: it has none.
+        """
+        if adapter not in self.draws:
+            raise RoutingError(
+                f"per_adapter: adapter `{adapter}` acts in this block and has no draw. Give it "
+                "`Draw(seed, rows)`, with dropout or without."
+            )
+        return self.draws[adapter]
 
     def seeds(self, rows: tuple[str, ...], is_one: bool, device: torch.device) -> Tensor:
         """A seed for each row, ``(rows,)`` int32.
@@ -110,17 +118,21 @@ class Block:
             places = dict.fromkeys(rows, 0)
             found = []
             for name in rows:
-                found.append(_hashed(32, self.draws[name].seed, places[name]) if name else 0)
+                found.append(_hashed(32, self.of(name).seed, places[name]) if name else 0)
                 places[name] += not is_one
             self._seeds[key] = torch.tensor(found, device=device).int()
         return self._seeds[key]
 
     @contextmanager
-    def called(self, layer: str, read: str, adapter: str | None = None) -> Iterator[None]:
-        """Let a layer run: one `Call` more."""
+    def called(self, layer: str, read: str, acting: Collection[str]) -> Iterator[None]:
+        """Let a layer run: one `Call` more.
+
+        Args:
+            acting: the adapters that act on all its rows.
+        """
         number = self.calls.get(layer, 0)
         self.calls[layer] = number + 1
-        with _now(_CALL, Call(self, layer, read, number, adapter)):
+        with _now(_CALL, Call(self, layer, read, number, _only(acting))):
             yield
 
 
@@ -151,7 +163,7 @@ class Call:
         own = rows
         if own is None:
             assert self.adapter is not None
-            own = (self.adapter,) * self.block.draws[self.adapter].rows
+            own = (self.adapter,) * self.block.of(self.adapter).rows
         is_one = x.shape[0] > 1 and x.stride(0) == 0
         seeds = self.block.seeds(own, is_one, x.device)
         if rows is None and x.shape[0] % len(own):
@@ -170,7 +182,7 @@ class Call:
         adapter = adapter or self.adapter
         assert adapter is not None
         own = Call(self.block, self.layer, self.read, self.number, adapter)
-        seed = _hashed(63, self.block.draws[adapter].seed, self.layer, self.number)
+        seed = _hashed(63, self.block.of(adapter).seed, self.layer, self.number)
         generators = [torch.default_generator]
         if device.type == "cuda":
             generators.append(torch.cuda.default_generators[device.index or 0])
@@ -195,8 +207,10 @@ _open = 0
 def per_adapter(draws: Mapping[str, Draw]) -> Iterator[None]:
     """In the block, forwards in training draw each adapter's random numbers from its own `Draw`.
 
-    A layer that runs again draws anew, so that several forwards of one block differ. Blocks that
-    transformers' gradient checkpointing runs again draw what they drew.
+    A layer that runs again draws anew, so that several forwards of one block differ; where adapters
+    have different numbers of them, each forward wants a block and seeds of its own. What
+    transformers' gradient checkpointing runs again draws what it drew; a model's own calls of
+    `torch.utils.checkpoint` are not known here, as they are not to routes.
 
     Args:
         draws: one for each adapter that is called; those of no dropout need one too.
@@ -250,6 +264,20 @@ def dropout(x: Tensor, p: float) -> Tensor:
     if here is None or here.adapter is None:
         return F.dropout(x, p)
     return masked_input(x, here.seeds(x), p)[0]
+
+
+def _only(adapters: Collection[str]) -> str | None:
+    """The one of these adapters, if there is any.
+
+    Raises:
+        RoutingError: there are several.
+    """
+    if len(adapters) > 1:
+        raise RoutingError(
+            f"per_adapter: the adapters {sorted(adapters)} act on one row, whose random numbers "
+            "can be one adapter's alone. Let one act on each row."
+        )
+    return next(iter(adapters), None)
 
 
 @lru_cache(maxsize=2**14)

@@ -154,7 +154,7 @@ class AdaptedLayer(LayerFacade, nn.Module):
         if block is None:
             return self._run(x, more, kwargs, route)
         acting = self.roster.acting() if route is None else ()
-        with block.called(self.path, self.siblings.input_of(self), *acting[:1]):
+        with block.called(self.path, self.siblings.input_of(self), acting):
             return self._run(x, more, kwargs, route)
 
     def _run(self, x: Any, args: Any, kwargs: Any, route: Any) -> Any:
