@@ -19,6 +19,7 @@ from multigraft.cli.export import export
 from multigraft.cli.generate import generate
 from multigraft.cli.inspect import inspect
 from multigraft.cli.interrupted import EXIT_CODE, Interrupted
+from multigraft.cli.listing import list_
 from multigraft.cli.merge import merge
 from multigraft.cli.plan import plan
 from multigraft.cli.preview import preview
@@ -84,6 +85,7 @@ app.command()(quickstart)
 app.command()(train)
 app.command()(plan)
 app.command()(preview)
+app.command("list")(list_)
 app.command()(inspect)
 app.command()(verify)
 app.command()(targets)
