@@ -236,7 +236,6 @@ def test_a_mixed_batch_block_keeps_nothing_from_without_a_block_of_draws() -> No
     ids = torch.ones(2, 3, dtype=torch.long)
     with torch.no_grad(), model.mixed_batch(["a0", "a1"]):
         for _ in range(2):
-            model(input_ids=ids)
             found = []
             for _ in range(2):
                 with per_adapter({"a0": Draw(1, 1), "a1": Draw(2, 1)}):
