@@ -41,7 +41,7 @@ method's contract points at; `config_files` opens files only in the functions th
 them, and only there imports what does."""
 CLI_MODULES = (
     *("demo", "train", "errors", "exchange", "inspection", "report", "combine", "generation"),
-    "merging",
+    *("merging", "planning"),
 )
 FILE_CEILING = 400
 FUNCTION_CEILING = 50

@@ -1,0 +1,32 @@
+"""What a training step takes, counted before there is any weight.
+
+    found = plan("Qwen/Qwen3-0.6B", LoraConfig(r=16, target_modules="all-linear"), memory="24GiB")
+    found.parts, found.total, found.largest_batch
+    print(text(found, remedies(found)))
+
+The step runs on tensors without memory, so that the plan knows no architecture. See `docs/plan.md`.
+"""
+
+from multigraft.planning.memory import MemoryPlan, Request, plan, planned
+from multigraft.planning.remedies import Remedy, advice, out_of_memory, remedies
+from multigraft.planning.sizes import as_text, bytes_of
+from multigraft.planning.step import PARTS, Step, run_step
+from multigraft.planning.table import as_data, text
+
+__all__ = [
+    "PARTS",
+    "MemoryPlan",
+    "Remedy",
+    "Request",
+    "Step",
+    "advice",
+    "as_data",
+    "as_text",
+    "bytes_of",
+    "out_of_memory",
+    "plan",
+    "planned",
+    "remedies",
+    "run_step",
+    "text",
+]
