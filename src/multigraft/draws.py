@@ -86,11 +86,12 @@ class Block:
                     f"{draw.rows}. Give it `Draw(seed, rows={rows})`."
                 )
             is_alone = len(counts) == 1 and rows == len(owners)
-            width = tokens if draw.width is None or tokens is None else draw.width
-            if width != tokens and (is_alone or width > tokens):
+            if tokens is None or draw.width is None or draw.width == tokens:
+                continue
+            if is_alone or draw.width > tokens:
                 raise RoutingError(
-                    f"per_adapter: adapter `{name}` has rows of a `width` (={width}) that does not "
-                    f"suit a batch of {tokens} tokens a row. Pad rows at their end."
+                    f"per_adapter: adapter `{name}` has rows of a `width` (={draw.width}) that "
+                    f"does not suit a batch of {tokens} tokens a row. Pad rows at their end."
                 )
 
     def of(self, adapter: str) -> Draw:

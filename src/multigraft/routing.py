@@ -189,7 +189,7 @@ def check_draws(roster: Roster, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None)
     if first is not None:
         owners = roster.route.rows if roster.route else [roster.acting()] * len(first)
-        block.check(owners, first.shape[1] if first.dim() > 1 else None)
+        block.check(owners, first.shape[1] if first.dim() in (2, 3) else None)
     return True
 
 

@@ -47,7 +47,7 @@ def alone(names: dict[str, Any], adapter: str) -> torch.Tensor:
 
 
 def test_every_block_runs(names: dict[str, Any]):
-    assert len(BLOCKS) == 8
+    assert len(BLOCKS) == 9
     assert list(names["model"].peft_config) == ["support", "legal", "poems", "tone", "spare"]
 
 

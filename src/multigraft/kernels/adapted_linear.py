@@ -301,7 +301,7 @@ def _kept(gradient: Tensor, mask: Tensor, scale: float | Tensor) -> Tensor:
     """The gradient of what a dropout's input was, for that of its output."""
     if isinstance(scale, Tensor):
         return (gradient * mask * scale).to(gradient.dtype)
-    return torch.ops.aten.native_dropout_backward(gradient, mask, scale)  # type: ignore[no-any-return]
+    return torch.ops.aten.native_dropout_backward(gradient, mask, scale)
 
 
 def _narrow_gradient(
