@@ -43,11 +43,13 @@ class Draw:
         seed: any integer; another one each step.
         rows: how many of a batch are the adapter's.
         width: tokens of its rows, padding counted, when it is alone; None leaves it unchecked.
+        first: the place of the first of them, where others of its rows are in other processes.
     """
 
     seed: int
     rows: int
     width: int | None = None
+    first: int = 0
 
 
 class Block:
@@ -116,10 +118,13 @@ class Block:
         """
         key = rows, is_one, device
         if key not in self._seeds:
-            places = dict.fromkeys(rows, 0)
+            places = {name: self.of(name).first for name in set(rows) if name}
             found = []
             for name in rows:
-                found.append(_hashed(32, self.of(name).seed, places[name]) if name else 0)
+                if not name:
+                    found.append(0)
+                    continue
+                found.append(_hashed(32, self.of(name).seed, places[name]))
                 places[name] += not is_one
             self._seeds[key] = torch.tensor(found, device=device).int()
         return self._seeds[key]

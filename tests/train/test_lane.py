@@ -36,8 +36,8 @@ def test_its_batches_follow_the_order_of_its_seed(model):
     lane = Lane(model, "a", examples, recipe)
     rows = [lane.order[n] for n in range(3, 6)]
     lane.step = 1
-    (batch,) = lane.batches()
-    assert batch.ids.tolist() == [examples[row].ids for row in rows]
+    (part,) = lane.parts()
+    assert part.batch.ids.tolist() == [examples[row].ids for row in rows]
 
 
 def test_an_unknown_adapter_is_refused(model):

@@ -63,7 +63,9 @@ class Replicas:
             dist.broadcast(flat, source, group=self.group)
             unflatten(flat, bucket)
 
-    def reduce(self, scale: float | None = None) -> None:
+    def reduce(
+        self, scale: float | None = None, trained: Iterable[nn.Parameter] | None = None
+    ) -> None:
         """Make every gradient the mean of the ranks' own.
 
         A parameter that no rank has a gradient of keeps none, so that optimisers leave it alone.
@@ -71,11 +73,13 @@ class Replicas:
 
         Args:
             scale: what the sum is multiplied by; one divided by the number of ranks by default.
+            trained: whose gradients; those of every parameter that requires one by default.
 
         Raises:
             TrainingError: the ranks do not train the same parameters.
         """
-        trained = [p for p in self.model.parameters() if p.requires_grad and not is_parted(p)]
+        chosen = self.model.parameters() if trained is None else trained
+        trained = [p for p in chosen if p.requires_grad and not is_parted(p)]
         has_some = self._with_gradients(trained)
         found = []
         for parameter in (p for p, has in zip(trained, has_some, strict=True) if has):

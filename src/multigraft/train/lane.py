@@ -7,6 +7,7 @@ forwards of one base, and a lane can be put down and taken up with the same bits
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,12 +19,32 @@ from multigraft.model import PeftModel
 from multigraft.schedule import advance
 from multigraft.train import optimizer
 from multigraft.train.batches import Batch, GroupedOrder, Order, collate_packed
+from multigraft.train.crew import ALONE, Crew
 from multigraft.train.packing import pack
 from multigraft.train.recipe import Recipe
 from multigraft.train.seeding import mixed_seed
 from multigraft.train.store import lengths_of
 from multigraft.train.tasks import Task
 from multigraft.train.tasks.causal_lm import CausalLM
+
+
+@dataclass
+class Part:
+    """A part of an adapter's step.
+
+    Args:
+        batch: what this process learns from.
+        whole: the batch of all processes.
+        first: the place in it of this process's first row.
+        weight: 0 where another process learns from these rows too, else 1.
+    """
+
+    lane: Lane
+    number: int
+    batch: Batch
+    whole: Batch
+    first: int = 0
+    weight: float = 1.0
 
 
 class Lane:
@@ -94,11 +115,22 @@ class Lane:
         """The learning rate of the step that comes next."""
         return self.recipe.lr_at(self.step, self.steps)
 
-    def batches(self) -> list[Batch]:
-        """What the step that comes next learns from, in parts that run one after another."""
-        size, parts = self.recipe.batch_size, self.recipe.accumulate
-        first = self.step * parts
-        return [self._collated(self.order.slice((first + n) * size, size)) for n in range(parts)]
+    def parts(self, crew: Crew = ALONE) -> list[Part]:
+        """What the step that comes next learns from, in parts that run one after another.
+
+        Args:
+            crew: of whose batches this process takes its share.
+        """
+        size, number = self.recipe.batch_size, self.recipe.accumulate
+        found = []
+        for n in range(number):
+            rows = self.order.slice((self.step * number + n) * size, size)
+            whole = self._collated(rows)
+            own, first = crew.share(rows)
+            batch = whole if len(own) == len(rows) else self._collated(own)
+            weight = float(crew.takes(len(rows)))
+            found.append(Part(self, n, batch, whole, first, weight))
+        return found
 
     def _collated(self, rows: Sequence[int]) -> Batch:
         if self.packs is None:

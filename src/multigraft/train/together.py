@@ -10,7 +10,7 @@ adapter gets the gradients that it would get alone, to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,10 +20,11 @@ from torch import Tensor
 from multigraft.errors import RoutingError, StateError, TrainingError
 from multigraft.model import PeftModel
 from multigraft.schedule import penalties
-from multigraft.train.batches import Batch, join
+from multigraft.train.batches import join
+from multigraft.train.crew import ALONE, Crew
 from multigraft.train.drawing import drawing
 from multigraft.train.interrupt import uninterrupted
-from multigraft.train.lane import Lane
+from multigraft.train.lane import Lane, Part
 from multigraft.train.seeding import seeded
 
 MOST_PADDING = 1.25
@@ -45,26 +46,23 @@ class Stepped:
     error: TrainingError | None = None
 
 
-@dataclass
-class Part:
-    """A part of an adapter's step: a batch, and its share in the step's loss."""
-
-    lane: Lane
-    number: int
-    batch: Batch
-    count: int
-
-
-def step(model: PeftModel, lanes: Sequence[Lane]) -> list[Stepped]:
+def step(model: PeftModel, lanes: Sequence[Lane], crew: Crew = ALONE) -> list[Stepped]:
     """One step of each of these adapters; what they came to, in their order.
 
     One whose loss or gradient is not finite is left as it was, and the others go on. Ctrl-C finds
     all of them updated, or none.
 
+    Args:
+        crew: the processes that make it.
+
     Raises:
         TrainingError: the device is out of memory; nothing was changed.
     """
-    parts = [_parts(lane) for lane in lanes]
+    parts = [lane.parts(crew) for lane in lanes]
+    counts = {
+        lane.adapter: max(1, sum(lane.task.count(part.whole) for part in own))
+        for lane, own in zip(lanes, parts, strict=True)
+    }
     rates = [lane.lr for lane in lanes]
     losses = {lane.adapter: 0.0 for lane in lanes}
     errors: dict[str, TrainingError] = {}
@@ -72,19 +70,14 @@ def step(model: PeftModel, lanes: Sequence[Lane]) -> list[Stepped]:
         for number in range(max(len(own) for own in parts)):
             now = [p[number] for p in parts if number < len(p) and p[0].lane.adapter not in errors]
             for company in companies(model, now):
-                for name, loss in _gradients(model, company, errors).items():
+                for name, loss in _gradients(model, company, counts, errors, crew).items():
                     losses[name] += loss
+        crew.reduce(lane for lane in lanes if lane.adapter not in errors)
         return _updated(lanes, parts, rates, losses, errors)
     except BaseException:
         for lane in lanes:
             lane.drop_gradients()
         raise
-
-
-def _parts(lane: Lane) -> list[Part]:
-    batches = lane.batches()
-    count = max(1, sum(lane.task.count(batch) for batch in batches))
-    return [Part(lane, number, batch, count) for number, batch in enumerate(batches)]
 
 
 def companies(model: PeftModel, parts: Sequence[Part]) -> list[list[Part]]:
@@ -94,7 +87,7 @@ def companies(model: PeftModel, parts: Sequence[Part]) -> list[list[Part]]:
     others that most of the batch would be padding.
     """
     together: list[list[Part]] = []
-    for part in sorted(parts, key=lambda p: -p.batch.width):  # stable: those of one width in order
+    for part in sorted(parts, key=lambda p: -p.whole.width):  # stable: those of one width in order
         for company in together if _is_routable(model, part.lane) else ():
             if _fit(model, [*company, part]):
                 company.append(part)
@@ -110,8 +103,9 @@ def _fit(model: PeftModel, parts: Sequence[Part]) -> bool:
         return False
     if first.batch.inputs.keys() != parts[-1].batch.inputs.keys():
         return False
-    own = sum(p.batch.rows * p.batch.width for p in parts)
-    return sum(p.batch.rows for p in parts) * first.batch.width <= MOST_PADDING * own
+    # Of the whole batches, so that all processes decide alike.
+    own = sum(p.whole.rows * p.whole.width for p in parts)
+    return sum(p.whole.rows for p in parts) * first.whole.width <= MOST_PADDING * own
 
 
 def _is_routable(model: PeftModel, lane: Lane) -> bool:
@@ -123,19 +117,24 @@ def _is_routable(model: PeftModel, lane: Lane) -> bool:
 
 
 def _gradients(
-    model: PeftModel, company: list[Part], errors: dict[str, TrainingError]
+    model: PeftModel,
+    company: list[Part],
+    counts: Mapping[str, int],
+    errors: dict[str, TrainingError],
+    crew: Crew,
 ) -> dict[str, float]:
     """Give the adapters of these parts their gradients; each one's share of its step's loss."""
     while company:
         with _enough_memory(company):
-            terms = _losses(model, company)
-            values = torch.stack([term.detach() for term in terms]).tolist()
+            terms = _losses(model, company, counts)
+            values = crew.sums(torch.stack([term.detach() for term in terms]))
             broken = [not abs(value) < float("inf") for value in values]
             if not any(broken):
                 loss = torch.stack(terms).sum()
                 for part in company:
                     for term in penalties(model.roster, [part.lane.adapter]):
-                        loss = loss + term.to(loss.device) / part.lane.recipe.accumulate
+                        parts = part.lane.recipe.accumulate * crew.size
+                        loss = loss + term.to(loss.device) / parts
                 loss.backward()
                 return {p.lane.adapter: v for p, v in zip(company, values, strict=True)}
         # What is not finite could reach the others through sums: they run again without it.
@@ -146,7 +145,7 @@ def _gradients(
     return {}
 
 
-def _losses(model: PeftModel, company: Sequence[Part]) -> list[Tensor]:
+def _losses(model: PeftModel, company: Sequence[Part], counts: Mapping[str, int]) -> list[Tensor]:
     """Each part's share of its step's loss, a scalar each."""
     lanes = [part.lane for part in company]
     device = lanes[0].parameters[0].device
@@ -158,12 +157,15 @@ def _losses(model: PeftModel, company: Sequence[Part]) -> list[Tensor]:
         _activate(model, lanes[0].adapter)
     with torch.no_grad(), seeded(seed, device):
         batch = task.prepare(model, batch)
-    with seeded(seed, device), drawing([(p.lane, p.number, p.batch) for p in company]):
+    with seeded(seed, device), drawing(company):
         routed = {} if len(company) == 1 else {"adapter_names": names}
         outputs = model(**batch.inputs, **task.call, **routed)
     rows = task.losses(outputs, batch)
     each = rows.split([part.batch.rows for part in company])
-    return [own.sum() / part.count for own, part in zip(each, company, strict=True)]
+    return [
+        own.sum() * (part.weight / counts[part.lane.adapter])
+        for own, part in zip(each, company, strict=True)
+    ]
 
 
 def _activate(model: PeftModel, adapter: str) -> None:
@@ -192,7 +194,7 @@ def _updated(
                 except TrainingError as error:
                     errors[name] = error
                 else:
-                    tokens = sum(part.batch.tokens for part in own)
+                    tokens = sum(part.whole.tokens for part in own)
                     lane.update(norms[name], losses[name], tokens)
             if lane.adapter in errors:
                 lane.drop_gradients()
