@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import multigraft
 from multigraft.demo import model_path
+from tests import oracle
 from tests.docs import page
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -31,6 +32,13 @@ def is_base(model: nn.Module) -> bool:
     fresh = type(model).from_pretrained(model_path(), dtype="float32").state_dict()  # type: ignore[attr-defined]
     own = model.state_dict()
     return own.keys() == fresh.keys() and all(torch.equal(own[key], fresh[key]) for key in own)
+
+
+def test_prompts(somewhere: Path) -> None:
+    names = page.run("prompts.md", base=oracle.llama())
+    for adapter in ("ask", "style"):
+        assert (somewhere / "out" / adapter / "adapter_model.safetensors").is_file()
+    assert names["model"].active_adapters == ["style"]
 
 
 @pytest.mark.slow
