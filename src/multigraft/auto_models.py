@@ -12,6 +12,7 @@ from torch import nn
 
 from multigraft import tasks
 from multigraft.auto import class_for
+from multigraft.base_notes import settings_in
 from multigraft.config import PeftConfig
 from multigraft.errors import ConfigError, MissingExtraError, UnsupportedError
 from multigraft.loading import HUB_OPTIONS, read_config
@@ -69,7 +70,8 @@ class AutoPeftModel:
                 f"{pretrained_model_name_or_path}: the config names no base model "
                 "(`base_model_name_or_path`). Load it and use PeftModel.from_pretrained()."
             )
-        options = {k: v for k, v in kwargs.items() if k not in OF_THE_ADAPTER}
+        options = settings_in(pretrained_model_name_or_path)
+        options |= {k: v for k, v in kwargs.items() if k not in OF_THE_ADAPTER}
         base = kind.from_pretrained(
             config.base_model_name_or_path, revision=config.revision, **options
         )

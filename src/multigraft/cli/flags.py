@@ -71,6 +71,10 @@ def _kind(field: FieldInfo) -> Any:
     return str if origin in (list, Literal) else kind
 
 
+def _may_be_mapping(field: FieldInfo) -> bool:
+    return any(get_origin(each) is dict for each in get_args(field.annotation))
+
+
 def _help(field: FieldInfo) -> str:
     text = field.description or ""
     default = field.default
@@ -82,7 +86,7 @@ def _help(field: FieldInfo) -> str:
 def _value(name: str, field: FieldInfo, value: Any) -> Any:
     if isinstance(value, list):
         return settings(value)
-    if name == "adapters":
+    if name == "adapters" or (_may_be_mapping(field) and value.lstrip().startswith("{")):
         import yaml
 
         return yaml.safe_load(value)

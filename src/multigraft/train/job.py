@@ -7,15 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from multigraft.config import PeftConfig
 from multigraft.containers import check_name
-from multigraft.errors import CheckpointError, ConfigError, TrainingError
+from multigraft.errors import CheckpointError, ConfigError, TrainingError, did_you_mean
 from multigraft.kbit import prepare_model_for_kbit_training
 from multigraft.model import PeftModel
+from multigraft.train.company import STRATEGIES, crew_of, sharded
 from multigraft.train.dataset import DataSet, Loaded, Split, load_data, records_of
 from multigraft.train.entrant import Entrant
 from multigraft.train.formats import AUTO
@@ -26,12 +27,15 @@ from multigraft.train.output import check_output, refuse_to_replace
 from multigraft.train.packing import check_packing
 from multigraft.train.quantised import check_format
 from multigraft.train.recipe import Recipe
-from multigraft.train.saves import Saves
+from multigraft.train.saves import FOLDER, Saves, found_in
 from multigraft.train.store import lengths_of
-from multigraft.train.tasks import Task
+from multigraft.train.tasks import Task, described
 from multigraft.train.tasks.causal_lm import CausalLM
 from multigraft.train.trackers import TRACKERS, Tracking
 from multigraft.train.watch import HeldOut, Watch
+
+if TYPE_CHECKING:
+    from multigraft.distributed import Ranks
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,8 @@ class Job:
         overwrite: replace adapters that lie in ``output`` already.
         resume: go on from the last checkpoint in ``output``.
         log_to: trackers that get the curves besides the logs, by name.
+        strategy: how several processes share the run: ``"ddp"``, the whole base on each, or
+            ``"fsdp"``, a part of it on each.
         report: whether a page on the adapters and their curves is written at the end.
     """
 
@@ -128,6 +134,7 @@ class Job:
     overwrite: bool = False
     resume: bool = False
     log_to: Sequence[str] = ()
+    strategy: str = "ddp"
     report: bool = False
 
     def folder(self, name: str) -> Path:
@@ -135,8 +142,12 @@ class Job:
         root = Path(self.output)
         return root if name == "default" else root / name
 
-    def prepare(self) -> Prepared:
+    def prepare(self, ranks: Ranks | None = None) -> Prepared:
         """Everything that can fail before training does: files, data, model, targets.
+
+        Args:
+            ranks: this process among several, see `multigraft.distributed.together`; all of them
+                call.
 
         Raises:
             MultigraftError: whichever of them does not fit; the output is untouched.
@@ -147,17 +158,20 @@ class Job:
         for name in self.log_to:
             TRACKERS[name]  # an unknown one is told before anything is read
         folders = [self.folder(adapter.name) for adapter in self.adapters]
-        if not self.resume:
+        is_restart = ranks is not None and ranks.restarts > 0
+        resumes = self.resume or (is_restart and bool(found_in(Path(self.output) / FOLDER)))
+        if not (resumes or is_restart):
             refuse_to_replace(folders, Path(self.output), self.overwrite)
         for folder in folders:
             check_output(folder)
         tokenizer = load_tokenizer(self.model)
         task = self.task.settled(self._records(self.task))
         data = [adapter.load_data(tokenizer, task) for adapter in self.adapters]
-        base = task.load(self.model, dtype=self.dtype, device=self.device, quantize=self.quantize)
+        base = self._load(task, ranks)
         for adapter, (own, held_out) in zip(self.adapters, data, strict=True):
             _check_lengths(own.train, held_out, base, adapter.max_length)
         model = self._attach(base, task)
+        crew = crew_of(model, ranks)
         entrants = [
             self._entrant(adapter, model, tokenizer, task, own.train, held_out)
             for adapter, (own, held_out) in zip(self.adapters, data, strict=True)
@@ -165,9 +179,18 @@ class Job:
         bad = [line for own, _ in data for line in own.bad]
         cut = sum(own.cut for own, _ in data)
         saves = Saves(Path(self.output), self._asked(entrants), self.save_every, self.keep)
-        found = self._found(saves) if self.resume else None
-        tracking = Tracking(self.log_to, Path(self.output), saves.asked)
-        return Prepared(self, model, tokenizer, entrants, saves, tracking, bad, cut, found)
+        found = self._found(saves) if resumes else None
+        tracking = Tracking(self.log_to if crew.is_main else (), Path(self.output), saves.asked)
+        return Prepared(self, model, tokenizer, entrants, saves, tracking, bad, cut, found, crew)
+
+    def _load(self, task: Task, ranks: Ranks | None) -> nn.Module:
+        if ranks is None or ranks.size == 1:
+            device = self.device
+        elif self.strategy == "fsdp":
+            return sharded(self.model, task, self.dtype, ranks, self.quantize)
+        else:
+            device = str(ranks.device)
+        return task.load(self.model, dtype=self.dtype, device=device, quantize=self.quantize)
 
     def _records(self, task: Task) -> Iterator[Any]:
         for adapter in self.adapters:
@@ -211,6 +234,7 @@ class Job:
 
     def _asked(self, entrants: Sequence[Entrant]) -> dict[str, Any]:
         """What every step follows from, as JSON holds it."""
+        task = _plain(described(entrants[0].lane.task))
         adapters = {}
         for adapter, entrant in zip(self.adapters, entrants, strict=True):
             lengths = lengths_of(entrant.lane.examples)
@@ -222,7 +246,7 @@ class Job:
                 "packing": adapter.packing,
                 "max_length": adapter.max_length,
             }
-        return {"task": self.task.name, "quantize": self.quantize, "adapters": adapters}
+        return {"task": task, "quantize": self.quantize, "adapters": adapters}
 
     def _found(self, saves: Saves) -> Any:
         found = saves.latest()
@@ -240,6 +264,11 @@ class Job:
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise ConfigError(f"`adapters`: two are called `{twice}`. Give each a name of its own.")
+        if self.strategy not in STRATEGIES:
+            raise ConfigError(
+                f"`strategy` (={self.strategy!r}) must be one of {', '.join(STRATEGIES)}."
+                f"{did_you_mean(self.strategy, STRATEGIES)}"
+            )
         if self.save_every < 0 or self.keep < 1:
             raise ConfigError(
                 f"`save_every` (={self.save_every}) must be at least 0 and `keep` (={self.keep}) "

@@ -13,6 +13,7 @@ from torch import nn
 
 from multigraft.errors import MultigraftError, MultigraftWarning
 from multigraft.model import PeftModel
+from multigraft.train.crew import ALONE, Crew
 from multigraft.train.entrant import Entrant
 from multigraft.train.evaluate import share_right
 from multigraft.train.events import Evaluated, Event, OnEvent, Progress
@@ -20,6 +21,7 @@ from multigraft.train.log import RunLog
 from multigraft.train.records import BadLine
 from multigraft.train.run import Run
 from multigraft.train.saves import Checkpoint, Saves
+from multigraft.train.tasks import write_task
 from multigraft.train.trackers import Tracking
 
 if TYPE_CHECKING:
@@ -67,6 +69,7 @@ class Prepared:
         bad: lines that are left out.
         cut: how many examples were longer than ``max_length``.
         found: the checkpoint that the run goes on from.
+        crew: the processes that make the run.
     """
 
     job: Job
@@ -78,13 +81,16 @@ class Prepared:
     bad: Sequence[BadLine]
     cut: int
     found: Checkpoint | None = None
+    crew: Crew = ALONE
 
     def __post_init__(self) -> None:
         self.logs: dict[str, RunLog] = {}
         self.saved: dict[str, Path] = {}
         self.report: Path | None = None
         writes = self.saves if self.job.save_every else None
-        self.process = Run(self.model, self.entrants, saves=writes, on_finish=self._save)
+        self.process = Run(
+            self.model, self.entrants, saves=writes, on_finish=self._save, crew=self.crew
+        )
         if self.found is not None:
             self.process.resume(self.found)
         for entrant in self.entrants:
@@ -100,6 +106,8 @@ class Prepared:
         """
 
         def tell(event: Event) -> None:
+            if not self.crew.is_main:
+                return
             if isinstance(event, (Progress, Evaluated)):
                 self.logs[event.adapter](event)
             self.tracking(event)
@@ -119,9 +127,10 @@ class Prepared:
             if entrant.name not in self.saved:
                 self._save(entrant)
         after = self._exact_matches()
-        self.saves.clear()
-        if self.job.report:
-            self._report()
+        if self.crew.is_main:
+            self.saves.clear()
+            if self.job.report:
+                self._report()
         return [
             Outcome(
                 e.name,
@@ -160,8 +169,11 @@ class Prepared:
 
     def _save(self, entrant: Entrant) -> None:
         name = entrant.name
-        self.model.save_pretrained(self.job.output, selected_adapters=[name])
         self.saved[name] = self.job.folder(name)
+        self.model.save_pretrained(self.job.output, selected_adapters=[name])
+        if not self.crew.is_main:
+            return
+        write_task(self.job.folder(name), entrant.lane.task, self.base)
         if name in self.logs:
             self.logs[name].keep()
 
@@ -185,7 +197,8 @@ class Prepared:
                 answers = entrant.held_out.answers(self.model)
                 if answers:
                     found[entrant.name] = share_right(answers)
-        return found
+        agreed: dict[str, float] = self.crew.agreed(found)
+        return agreed
 
     def _drop_logs(self) -> None:
         """Where there is nothing to go on from, nothing is left of the run."""

@@ -2,6 +2,7 @@
 
 from multigraft.train.tasks import causal_lm, dpo, embed, seq2seq, seq_cls, token_cls
 from multigraft.train.tasks.contract import TASKS, Task, described, task_of
+from multigraft.train.tasks.notes import read_task, write_task
 
 __all__ = [
     "TASKS",
@@ -10,8 +11,10 @@ __all__ = [
     "described",
     "dpo",
     "embed",
+    "read_task",
     "seq2seq",
     "seq_cls",
     "task_of",
     "token_cls",
+    "write_task",
 ]
