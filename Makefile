@@ -70,7 +70,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -c '' 2>/dev/null || $(MAKE) -s fresh-venv
 	@echo "Installing into $(VENV): some minutes the first time"
 	@$(PIP) '$(TORCH)'
-	@$(PIP) -e '.[dev,docs,train,quant]'
+	@$(PIP) -e '.[dev,docs,ecosystem,train,quant]'
 	@touch $@
 
 fresh-venv:

@@ -53,12 +53,14 @@ class LayerVerbs:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         if is_aliased():
             names = [name for name in names if name in self.roster.configs]
-        trained = [name for name in names if name in self.roster.trainable]
-        is_done = self.roster.active == tuple(names) and trained == (
-            [] if inference_mode else names
-        )
+        trained = set() if inference_mode else set(names)
+        is_done = self.roster.active == tuple(names) and self.roster.trainable.keys() == trained
         if not is_done:
             self._tuner().set_adapter(names, inference_mode)
+        for graft in (g for name in names for g in self.grafts.get(name, ())):
+            for parameter in graft.parameters():  # callers freeze and thaw layer by layer as well
+                if parameter.is_floating_point():
+                    parameter.requires_grad_(not inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Let the model's active adapters act, or give the base's own outputs."""
