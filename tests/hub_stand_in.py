@@ -277,8 +277,9 @@ def running() -> Iterator[StandIn]:
 
 def turn_to(hub: StandIn, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let huggingface_hub of this process ask this hub, and keep its files there."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, hf_api
 
+    monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

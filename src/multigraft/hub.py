@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from multigraft.errors import MissingExtraError, SourceError
+from multigraft.errors import MissingExtraError, MultigraftError, SourceError
 
 OPTIONS = (
     "revision",
@@ -29,6 +29,8 @@ OPTIONS = (
 )
 """What may be said about where a file comes from; the names are huggingface_hub's."""
 CARD = "README.md"
+NETWORK = frozenset({"huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2", "requests"})
+"""Packages whose errors tell of the hub or of the way there."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -109,27 +111,19 @@ def push(
         with tempfile.TemporaryDirectory() as folder:
             _take_card(hub, name, Path(folder), token=token, revision=revision)
             fill(Path(folder))
-            return api.upload_folder(
-                repo_id=name,
-                folder_path=folder,
+            return api.create_commit(
+                name,
+                _additions(hub, Path(folder)),
                 commit_message=commit_message,
                 commit_description=commit_description,
                 revision=revision,
                 create_pr=create_pr,
-                ignore_patterns=[".cache/**"],
             )
-    except hub.errors.OfflineModeIsEnabled as error:
-        raise _not_pushed(repository, "HF_HUB_OFFLINE is set. Unset it") from error
-    except hub.errors.HFValidationError as error:
-        raise _not_pushed(repository, f"it is no name of a repository ({error})") from error
-    except hub.errors.HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
-        remedy = " Log in with `hf auth login`, or pass a token= that may write there."
-        raise _not_pushed(
-            repository, f"{_first_line(error)}.{remedy if status in (401, 403, 404) else ''}"
-        ) from error
-    except ValueError as error:  # a card whose metadata the hub does not take
-        raise _not_pushed(repository, str(error)) from error
+    except Exception as error:
+        reason = _why_not_pushed(error)
+        if reason is None:  # of what fills the folder, and nothing that the hub said
+            raise
+        raise SourceError(f"`{repository}` cannot be pushed to: {reason.rstrip('.')}.") from error
 
 
 class Pushable:
@@ -290,8 +284,31 @@ _REASONS: dict[str, Callable[[str, str, Mapping[str, Any]], str]] = {
 """What is wrong, by huggingface_hub's class of error or the nearest of its bases."""
 
 
-def _not_pushed(repository: str, why: str) -> SourceError:
-    return SourceError(f"`{repository}` cannot be pushed to: {why.rstrip('.')}.")
+def _additions(hub: Any, folder: Path) -> list[Any]:
+    """Every file of a folder as a commit takes it, less what fetching the card noted there."""
+    paths = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    return [
+        hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=path)
+        for name, path in paths.items()
+        if not name.startswith(".cache/")
+    ]
+
+
+def _why_not_pushed(error: Exception) -> str | None:
+    """What the hub, its library or the network says; None for an error of anything else."""
+    kinds = [kind.__name__ for kind in type(error).__mro__]
+    if isinstance(error, MultigraftError):
+        return None
+    if "OfflineModeIsEnabled" in kinds:
+        return "HF_HUB_OFFLINE is set. Unset it"
+    if "HFValidationError" in kinds or "HfUriError" in kinds:
+        return f"it is no name of a repository ({_first_line(error)})"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403, 404):
+        return f"{_first_line(error)}. Log in with `hf auth login`, or pass a token= that may write"
+    packages = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    is_known = type(error) is ValueError or packages & NETWORK  # that: a card with wrong metadata
+    return _first_line(error) if is_known else None
 
 
 def _first_line(error: Exception) -> str:

@@ -9,17 +9,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from multigraft import checkpoint
 from multigraft.averaging import WrappedFacade
-from multigraft.card import update_card
 from multigraft.config import PeftConfig
 from multigraft.defaults import save_task_heads
 from multigraft.errors import CheckpointError, RoutingError
 from multigraft.gradients import checkpoints_gradients, let_gradients_in
+from multigraft.handle import HandleFacade
 from multigraft.loading import load_into
 from multigraft.prepare import own_copy
 from multigraft.prompts.facade import PromptFacade
@@ -33,7 +34,7 @@ from multigraft.storage import parameter_counts
 from multigraft.tuner import Tuner, base_of
 
 
-class PeftModel(PromptFacade, WrappedFacade, nn.Module):
+class PeftModel(PromptFacade, WrappedFacade, HandleFacade, nn.Module):
     """A base model and its adapters, side by side.
 
     Args:
@@ -270,6 +271,7 @@ class PeftModel(PromptFacade, WrappedFacade, nn.Module):
             path_initial_model_for_weight_conversion: save LoRA that takes a part out of the base
                 (PiSSA and others) as plain LoRA; see `multigraft.saving.files_of`.
             state_dict: the whole model's gathered state dict, when it is sharded.
+            kwargs: ``push_to_hub=True`` uploads them, too, with options of `push_to_hub`.
 
         Raises:
             CheckpointError: tensors are missing or the disk refuses; old files are unchanged.
@@ -291,10 +293,13 @@ class PeftModel(PromptFacade, WrappedFacade, nn.Module):
             initial=path_initial_model_for_weight_conversion,
             is_writer=is_main_process,
         )
-
-    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
-        """Let the directory's ``README.md`` say which adapter lies there; its text stays."""
-        update_card(output_dir, self.active_peft_config)
+        if kwargs.pop("push_to_hub", False) and is_main_process:
+            self.push_to_hub(
+                kwargs.pop("repo_id", Path(save_directory).name),
+                selected_adapters=names,
+                save_embedding_layers=save_embedding_layers,
+                **kwargs,
+            )
 
     def load_adapter(
         self,

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from multigraft import merge as merging
 from multigraft.combine.facade import Combines
-from multigraft.config import PeftConfig, TargetedConfig
+from multigraft.config import PeftConfig
 from multigraft.errors import MultigraftWarning, StateError, UnsupportedError
 from multigraft.integrations import announce
-from multigraft.keys import sites_in
 from multigraft.layer import AdaptedLayer
 from multigraft.methods import METHODS
-from multigraft.prepare import Prepared, own_copy, prepare
+from multigraft.prepare import Prepared, prepare
 from multigraft.prompts import CONTEXTS
 from multigraft.requantisation import Loss
 from multigraft.schedule import StepByStep, penalised
@@ -29,10 +28,11 @@ from multigraft.spans import spans_of_forward
 from multigraft.storage import let_gradients_through
 from multigraft.survey import survey
 from multigraft.ties import settle
+from multigraft.tuner_facade import TunerFacade, targeted_by
 from multigraft.wrap import attach, detach, roster_of, roster_without_layers
 
 
-class Tuner(StepByStep, Combines, nn.Module):
+class Tuner(StepByStep, Combines, TunerFacade, nn.Module):
     """Adapters on ``model``, in place. Two tuners of one model share its roster.
 
     Args:
@@ -372,19 +372,15 @@ def inject_adapter_in_model(
     Raises:
         UnsupportedError: the method changes the context rather than weights.
     """
-    config, base = own_copy(peft_config), base_of(model)
-    if str(config.peft_type) in CONTEXTS:
+    base, kind = base_of(model), str(getattr(peft_config, "peft_type", None))
+    if kind in CONTEXTS:
         raise UnsupportedError(
-            f"{config.peft_type} changes what the model is given, at a handle around it: there is "
+            f"{kind} changes what the model is given, at a handle around it: there is "
             "nothing to inject. Use get_peft_model()."
         )
-    named = getattr(config, "target_parameters", None)  # a file's keys do not hold their names
-    if state_dict is not None and isinstance(config, TargetedConfig) and not named:
-        known = {path for spot in survey(base) for path in spot.paths}
-        config.target_modules = sites_in(state_dict, METHODS[str(config.peft_type)].prefix, known)
     Tuner(base).add_adapter(
         adapter_name,
-        config,
+        targeted_by(peft_config, base, state_dict),
         autocast_adapter_dtype=False,
         low_cpu_mem_usage=low_cpu_mem_usage,
         activate=True,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from multigraft import kinds
 from multigraft.config import PeftConfig, PeftType
 from multigraft.errors import ConfigError
+from multigraft.methods import METHODS
 from multigraft.tuner import Tuner, base_of, inject_adapter_in_model
 
 
@@ -75,6 +76,7 @@ class LoraModel(MethodTuner):
     """A model with a LoRA of any variant, or an AdaLoRA."""
 
     methods = frozenset({"LORA", "ADALORA"})
+    target_module_mapping = METHODS["LORA"].default_targets
     tuner_layer_cls = kinds.LoraLayer
 
 
@@ -82,6 +84,7 @@ class AdaLoraModel(LoraModel):
     """A model with an AdaLoRA."""
 
     methods = frozenset({"ADALORA"})
+    target_module_mapping = METHODS["ADALORA"].default_targets
     tuner_layer_cls = kinds.AdaLoraLayer
 
 
@@ -89,6 +92,7 @@ class HiraModel(MethodTuner):
     """A model with a HiRA."""
 
     methods = frozenset({"HIRA"})
+    target_module_mapping = METHODS["HIRA"].default_targets
     tuner_layer_cls = kinds.HiraLayer
 
 
@@ -103,6 +107,7 @@ class LNTuningModel(MethodTuner):
     """A model with trained copies of its norms."""
 
     methods = frozenset({"LN_TUNING"})
+    target_module_mapping = METHODS["LN_TUNING"].default_targets
     tuner_layer_cls = kinds.LNTuningLayer
 
 
@@ -110,6 +115,7 @@ class LoHaModel(MethodTuner):
     """A model with a LoHa."""
 
     methods = frozenset({"LOHA"})
+    target_module_mapping = METHODS["LOHA"].default_targets
     tuner_layer_cls = kinds.LoHaLayer
 
 
@@ -117,6 +123,7 @@ class LoKrModel(MethodTuner):
     """A model with a LoKr."""
 
     methods = frozenset({"LOKR"})
+    target_module_mapping = METHODS["LOKR"].default_targets
     tuner_layer_cls = kinds.LoKrLayer
 
 
@@ -124,6 +131,7 @@ class OFTModel(MethodTuner):
     """A model with an OFT."""
 
     methods = frozenset({"OFT"})
+    target_module_mapping = METHODS["OFT"].default_targets
     tuner_layer_cls = kinds.OFTLayer
 
 
@@ -138,7 +146,9 @@ class VeraModel(MethodTuner):
     """A model with a VeRA."""
 
     methods = frozenset({"VERA"})
+    target_module_mapping = METHODS["VERA"].default_targets
     tuner_layer_cls = kinds.VeraLayer
+    uses_shared_state = True
 
 
 PEFT_TYPE_TO_TUNER_MAPPING: dict[PeftType, type[MethodTuner]] = {
