@@ -7,7 +7,7 @@ run there operator by operator, and what would be alive at every moment is read 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ def totals(events: Iterable[tuple[int, int]]) -> list[int]:
     return found
 
 
-def peak_of(events: list[tuple[int, int]]) -> dict[int, int]:
+def peak_of(events: Sequence[tuple[int, int]]) -> dict[int, int]:
     """What is alive at the moment when most is: bytes by number of the storage."""
     course = totals(events)
     until = max(range(len(course)), key=course.__getitem__, default=-1)

@@ -15,26 +15,20 @@ from torch import Tensor, nn
 
 WIDE = 4
 """Bytes of a value that is not quantised."""
+SMALL, BLOCK = 4096, 256
+"""Values of a tensor from which on its state is quantised, and of a block."""
 
 
 def bitsandbytes_bytes(numel: int, states: int = 2) -> int:
     """Blocks of 256 values of one byte with a float32 scale each; small tensors stay wide."""
-    if numel < 4096:
+    if numel < SMALL:
         return states * WIDE * numel
-    return states * (numel + WIDE * -(-numel // 256))
-
-
-def torchao_bytes(numel: int, states: int = 2) -> int:
-    """The same, for tensors that are whole blocks, with a table of 256 values for each state."""
-    if numel < 4096 or numel % 256:
-        return states * WIDE * numel
-    return states * (numel + WIDE * (numel // 256) + WIDE * 256)
+    return states * (numel + WIDE * -(-numel // BLOCK))
 
 
 STATES: Mapping[str, Callable[[int], int]] = {
     "adamw8bit": bitsandbytes_bytes,
     "paged_adamw8bit": bitsandbytes_bytes,
-    "adamw8bit_torchao": torchao_bytes,
 }
 """Bytes of a parameter's state, by its elements."""
 
@@ -74,4 +68,4 @@ def maker(name: str) -> Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer
 
 
 def _made(make: Any, name: str, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    return make(name, parameters, lr=1e-4, weight_decay=0.0, options={})  # type: ignore[no-any-return]
+    return make(name, parameters, lr=1e-4, weight_decay=0.0, options={})

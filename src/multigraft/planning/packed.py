@@ -67,7 +67,7 @@ class PackedLinear(nn.Linear):
         return found
 
     def forward(self, input: Tensor) -> Tensor:
-        return _Packed.apply(input, self.weight, self.bias, self.keeps_input)  # type: ignore[no-any-return]
+        return _Packed.apply(input, self.weight, self.bias, self.keeps_input)
 
 
 class _Packed(torch.autograd.Function):
@@ -109,7 +109,7 @@ class Packed(Storage):
 
     def compute_dtype(self, layer: nn.Module) -> torch.dtype | None:
         weight: Any = layer._parameters["weight"]
-        return weight.computed_in  # type: ignore[no-any-return]
+        return weight.computed_in
 
 
 STORAGES.register(PackedWeight)(Packed())

@@ -173,7 +173,7 @@ def _set_gradients(parameters: Sequence[nn.Parameter], have: bool) -> None:
 
 def _backward(loss: Tensor) -> None:
     """``loss.backward()``, in which `KernelsOf` stays entered for a checkpoint's second run."""
-    torch.autograd.graph._engine_run_backward(  # type: ignore[attr-defined]
+    torch.autograd.graph._engine_run_backward(
         (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True,
         accumulate_grad=True,
     )  # fmt: skip

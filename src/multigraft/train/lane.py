@@ -196,8 +196,10 @@ class Lane:
         """Everything the next steps depend on: tensors by name, and values that JSON holds."""
         tensors = {f"parameter.{n}": p.detach() for n, p in enumerate(self.parameters)}
         plain: dict[str, dict[str, Any]] = {}
-        for n, entries in self.optimizer.state_dict()["state"].items():
-            for name, value in entries.items():
+        # As it is, not as `state_dict` wraps it: bitsandbytes puts a mapping around its tensors.
+        held = (p for group in self.optimizer.param_groups for p in group["params"])
+        for n, parameter in enumerate(held):
+            for name, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
                     tensors[f"optimizer.{n}.{name}"] = value
                 else:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from multigraft.errors import ConfigError
+from multigraft.optimizers.eight_bit import adamw8bit, paged_adamw8bit
 from multigraft.registry import Registry
 
 Make = Callable[..., torch.optim.Optimizer]
@@ -54,4 +55,6 @@ def _sgd(parameters: list[nn.Parameter], **options: Any) -> torch.optim.Optimize
 
 
 OPTIMIZERS.register("adamw", _adamw)
+OPTIMIZERS.register("adamw8bit", adamw8bit)
+OPTIMIZERS.register("paged_adamw8bit", paged_adamw8bit)
 OPTIMIZERS.register("sgd", _sgd)
