@@ -54,7 +54,7 @@ def test_the_data_flags_of_train(run, base, tmp_path):
     flags = "--on-bad-line skip --eval-split 0.4 --packing --group-by-length --max-length 64"
     text = run(*words, *flags.split(), "--format", "prompt-completion")
     assert re.search(r"\d+ examples packed into \d+ rows", text)
-    assert "held-out     loss" in text
+    assert re.search(r"held-out loss.*\n.*→.*→", text)
     again = [*words, "--overwrite"]
     assert "Nearest: `skip`" in run(*again, "--on-bad-line", "skp", code=2)
     assert "format `alpacca` is unknown" in run(*again, "--format", "alpacca", code=2)
@@ -69,3 +69,16 @@ def test_the_page_runs_as_written(base, tmp_path, monkeypatch):
     for block in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
         exec(compile(block, "data.md", "exec"), names)
     assert names["records"].good and names["found"].lengths
+
+
+def test_a_task_is_shown_with_its_labels(run, base, tmp_path):
+    rows = [{"text": "fine", "label": "good"}, {"text": "poor", "label": "bad"}]
+    data = str(write_lines(tmp_path / "d.jsonl", rows))
+    text = run("preview", data, "--model", base, "--task", "seq-cls", "--limit", "1")
+    assert "fine → ⟦good⟧" in text
+    assert re.search(r"classes +bad, good", text)
+    assert "2 labelled; 2 examples" in text
+    given = "{name: seq-cls, labels: [bad, goood]}"
+    assert "'good' is unknown" in run("preview", data, "--model", base, "--task", given, code=1)
+    assert "Nearest: `seq-cls`" in run("preview", data, "--model", base, "--task", "seqcls", code=2)
+    assert "no mapping" in run("preview", data, "--model", base, "--task", "{name: [", code=2)

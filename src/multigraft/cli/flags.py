@@ -11,7 +11,7 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from multigraft.cli.spec import settings
+from multigraft.cli.spec import name_or_mapping, settings
 
 SHORT = {"output": "-o", "rank": "-r"}
 AS_SETTINGS = (dict,)
@@ -86,7 +86,9 @@ def _help(field: FieldInfo) -> str:
 def _value(name: str, field: FieldInfo, value: Any) -> Any:
     if isinstance(value, list):
         return settings(value)
-    if name == "adapters" or (_may_be_mapping(field) and value.lstrip().startswith("{")):
+    if _may_be_mapping(field):
+        return name_or_mapping(value)
+    if name == "adapters":
         import yaml
 
         return yaml.safe_load(value)

@@ -39,6 +39,20 @@ def layers(value: str | None) -> list[int] | None:
     return found
 
 
+def name_or_mapping(value: str) -> str | dict[str, Any]:
+    """A name as it stands; a mapping where braces stand around it, as YAML or JSON."""
+    if not value.lstrip().startswith("{"):
+        return value
+    import yaml
+
+    try:
+        found = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        first = str(error).splitlines()[0]
+        raise typer.BadParameter(f"{value!r} is no mapping ({first}).") from error
+    return dict(found)
+
+
 def settings(values: Sequence[str] | None) -> dict[str, Any]:
     """Fields from ``name=value``, each value as JSON, or as text where it is none."""
     found: dict[str, Any] = {}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from multigraft.train.data import stream
-from multigraft.train.encode import Encoded, Span, pieces_of
+from multigraft.train.dataset import records_of
+from multigraft.train.encode import Span
 from multigraft.train.formats import AUTO
 from multigraft.train.records import BadLine, Refusal, check_lines
+from multigraft.train.tasks import Task, described, task_of
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Shown:
     Args:
         spans: its text, cut where learning begins and ends; special tokens by name.
         tokens: how many it has.
-        learned: how many of them are learned.
+        learned: how many of them are learned; for tasks with labels or pairs, of those.
     """
 
     file: str
@@ -36,10 +38,12 @@ class Preview:
     Args:
         shown: the first examples.
         lengths: tokens of every example.
-        learned: learned tokens of all of them.
+        learned: what is learned of all of them, in the unit.
         cut: how many were longer than the limit.
         bad: lines that cannot be used.
         kinds: how many records there are of each kind.
+        task: what is learned, with its options and the labels that were found.
+        unit: what ``learned`` counts: tokens, labels, tags, values or pairs.
     """
 
     source: str
@@ -49,24 +53,37 @@ class Preview:
     cut: int = 0
     bad: list[BadLine] = field(default_factory=list)
     kinds: dict[str, int] = field(default_factory=dict)
+    task: Mapping[str, Any] = field(default_factory=dict)
+    unit: str = "tokens"
 
 
 def preview(
-    source: str, tokenizer: Any, *, max_length: int = 1024, format: str = AUTO, limit: int = 3
+    source: str,
+    tokenizer: Any,
+    *,
+    max_length: int = 1024,
+    format: str = AUTO,
+    limit: int = 3,
+    task: str | Mapping[str, Any] | Task = "causal-lm",
 ) -> Preview:
     """Read and encode a source as training does, and keep the first ``limit`` examples.
+
+    Args:
+        task: what is to be learned: its name, or a mapping of ``name`` and options.
 
     Raises:
         DataError: there is no such source, or nothing in it at all.
         MissingExtraError, UnsupportedError: as for `stream`.
     """
-    seen = Preview(source)
-    for found in stream(source, format):
+    chosen = task_of(task)
+    chosen = chosen.settled(records_of([source], chosen, format))
+    seen = Preview(source, task=described(chosen), unit=chosen.unit)
+    for found in stream(source, format, chosen.records):
         if isinstance(found, BadLine):
             seen.bad.append(found)
             continue
         try:
-            pieces, is_cut = pieces_of(found.record, tokenizer, max_length)
+            pieces, is_cut = chosen.pieces(found.record, tokenizer, max_length)
         except Refusal as refusal:
             seen.bad.append(refusal.at(found.file, found.record.line))
             continue
@@ -74,35 +91,13 @@ def preview(
         kind = type(found.record).__name__.lower()
         seen.kinds[kind] = seen.kinds.get(kind, 0) + 1
         for piece in pieces:
-            seen.lengths.append(len(piece.ids))
-            learned = sum(piece.learned[1:])
+            seen.lengths.append(len(piece))
+            learned = chosen.learned(piece)
             seen.learned += learned
             if len(seen.shown) < limit:
-                spans = tuple(spans_of(piece, tokenizer))
+                spans = tuple(chosen.spans(piece, tokenizer))
                 place = (found.file, found.record.line)
-                seen.shown.append(Shown(*place, spans, len(piece.ids), learned))
+                seen.shown.append(Shown(*place, spans, len(piece), learned))
     if not seen.bad:
         check_lines(source, seen.bad, len(seen.lengths), skip_bad=True)
     return seen
-
-
-def spans_of(example: Encoded, tokenizer: Any) -> list[Span]:
-    """The text of an example's tokens, cut where learning begins and ends.
-
-    The first token is never predicted, so it is not learned whatever its flag says.
-    """
-    flags = [False, *example.learned[1:]]
-    ends = [at for at in range(1, len(flags)) if flags[at] != flags[at - 1]] + [len(flags)]
-    spans, start, before = [], 0, ""
-    for end in ends:
-        upto = _decoded(example.ids[:end], tokenizer)
-        # From a prefix to a prefix, since decoders drop the space in front of a text's first word.
-        is_longer = upto.startswith(before)
-        text = upto[len(before) :] if is_longer else _decoded(example.ids[start:end], tokenizer)
-        spans.append(Span(text, flags[start]))
-        start, before = end, upto
-    return spans
-
-
-def _decoded(ids: Sequence[int], tokenizer: Any) -> str:
-    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from multigraft.train.batches import Batch, collate
-from multigraft.train.encode import Encoded, pieces_of
+from multigraft.train.encode import Encoded, Span, pieces_of
 from multigraft.train.load import load_model
+from multigraft.train.spelling import spans_of
 from multigraft.train.tasks.contract import TASKS, Task, widened
 
 
@@ -31,6 +32,12 @@ class CausalLM(Task):
 
     def pieces(self, record: Any, tokenizer: Any, max_length: int) -> tuple[list[Encoded], bool]:
         return pieces_of(record, tokenizer, max_length)
+
+    def spans(self, example: Encoded, tokenizer: Any) -> list[Span]:
+        return spans_of(example, tokenizer)
+
+    def learned(self, example: Encoded) -> int:
+        return sum(example.learned[1:])  # the first token is never predicted
 
     def collate(self, examples: Sequence[Encoded], pad: int) -> Batch:
         return collate(examples, pad)

@@ -24,7 +24,7 @@ from multigraft.errors import ConfigError, did_you_mean, there_are
 from multigraft.model import PeftModel
 from multigraft.registry import Registry
 from multigraft.train.batches import Batch
-from multigraft.train.encode import Encoded
+from multigraft.train.encode import Encoded, Span
 from multigraft.train.examples import Example
 from multigraft.train.records import LANGUAGE, Record
 
@@ -44,6 +44,7 @@ class Task:
         call: what every forward is given besides the batch's inputs.
         records: kinds of records that it can learn from; they decide which formats are looked for.
         example: what `pieces` makes of them.
+        unit: what `learned` counts.
     """
 
     name: ClassVar[str]
@@ -53,6 +54,7 @@ class Task:
     call: ClassVar[Mapping[str, Any]] = {}
     records: ClassVar[tuple[type[Record], ...]] = LANGUAGE
     example: ClassVar[type[Example]] = Encoded
+    unit: ClassVar[str] = "tokens"
 
     def settled(self, records: Iterable[Any]) -> Self:
         """This task with all that it needs to know before a model is loaded, such as its labels.
@@ -84,6 +86,14 @@ class Task:
         Raises:
             Refusal: the task cannot use this record.
         """
+        raise NotImplementedError
+
+    def spans(self, example: Any, tokenizer: Any) -> list[Span]:
+        """An example as people read it, cut where learning begins and ends."""
+        raise NotImplementedError
+
+    def learned(self, example: Any) -> int:
+        """How much of it is learned."""
         raise NotImplementedError
 
     def collate(self, examples: Sequence[Any], pad: int) -> Batch:

@@ -23,10 +23,11 @@ from torch.nn import functional as F
 from multigraft.errors import ConfigError, did_you_mean
 from multigraft.model import PeftModel
 from multigraft.train.batches import Batch, collate
-from multigraft.train.encode import Encoded, pieces_of
+from multigraft.train.encode import Encoded, Span, pieces_of
 from multigraft.train.examples import Example
 from multigraft.train.load import load_model
 from multigraft.train.records import Preference, Record
+from multigraft.train.spelling import spans_of
 from multigraft.train.tasks.causal_lm import row_losses
 from multigraft.train.tasks.contract import TASKS, Task
 from multigraft.train.tasks.forwards import gathered
@@ -94,6 +95,14 @@ class Preferences(Task):
         (chosen, *_), is_one_cut = pieces_of(record.chosen, tokenizer, max_length)
         (rejected, *_), is_other_cut = pieces_of(record.rejected, tokenizer, max_length)
         return [Preferred(chosen.signed, rejected.signed)], is_one_cut or is_other_cut
+
+    def spans(self, example: Preferred, tokenizer: Any) -> list[Span]:
+        chosen = spans_of(Encoded.of_signed(example.chosen), tokenizer)
+        rejected = spans_of(Encoded.of_signed(example.rejected), tokenizer)
+        return [*chosen, Span("\nrejected: ", False), *(s for s in rejected if s.learned)]
+
+    def learned(self, example: Preferred) -> int:
+        return sum(token >= 0 for side in (example.chosen, example.rejected) for token in side[1:])
 
     def collate(self, examples: Sequence[Preferred], pad: int) -> Batch:
         """Each example's chosen row, and its rejected one after it."""

@@ -23,10 +23,12 @@ from multigraft.errors import ConfigError, did_you_mean
 from multigraft.model import PeftModel
 from multigraft.train import scores
 from multigraft.train.batches import Batch, masked, padded
+from multigraft.train.encode import Span
 from multigraft.train.examples import Example
 from multigraft.train.heads import POOLERS
 from multigraft.train.load import load_as, refuse_random
 from multigraft.train.records import Record, Refusal, Related
+from multigraft.train.spelling import decoded
 from multigraft.train.tasks.contract import TASKS, Task, widened
 from multigraft.train.tasks.forwards import gathered
 
@@ -83,6 +85,7 @@ class Embedding(Task):
     call: ClassVar[Mapping[str, Any]] = {}
     records: ClassVar[tuple[type[Record], ...]] = (Related,)
     example: ClassVar[type[Example]] = RelatedTokens
+    unit: ClassVar[str] = "pairs"
 
     pooling: str = "mean"
     scale: float = 20.0
@@ -123,6 +126,19 @@ class Embedding(Task):
             coded.append(ids)
         score = [] if record.score is None else [record.score]
         return [RelatedTokens(coded[0], coded[1], coded[2], score)], is_cut
+
+    def spans(self, example: RelatedTokens, tokenizer: Any) -> list[Span]:
+        score = f" ({example.score[0]:g})" if example.score else ""
+        found = [
+            Span(f"{decoded(example.anchor, tokenizer)}\n", False),
+            Span(f"near{score}: {decoded(example.positive, tokenizer)}", True),
+        ]
+        if example.negative:
+            found.append(Span(f"\nfar: {decoded(example.negative, tokenizer)}", False))
+        return found
+
+    def learned(self, example: RelatedTokens) -> int:
+        return 1
 
     def collate(self, examples: Sequence[RelatedTokens], pad: int) -> Batch:
         rows: list[list[int]] = []

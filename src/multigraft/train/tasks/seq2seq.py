@@ -12,10 +12,11 @@ from torch.nn import functional as F
 from multigraft.errors import ConfigError
 from multigraft.model import PeftModel
 from multigraft.train.batches import Batch, masked, padded
-from multigraft.train.encode import IGNORED
+from multigraft.train.encode import IGNORED, Span
 from multigraft.train.examples import Example
 from multigraft.train.load import load_as, refuse_random
 from multigraft.train.records import Chat, Pair, Record, Refusal
+from multigraft.train.spelling import decoded
 from multigraft.train.tasks.contract import TASKS, Task, widened
 from multigraft.train.tasks.forwards import each_batch
 
@@ -84,6 +85,13 @@ class SequenceToSequence(Task):
             coded = tokenizer(pair.prompt, truncation=True, max_length=max_length)
             ids = list(coded["input_ids"])
         return [SourceTarget(ids, target[:longest])], is_cut
+
+    def spans(self, example: SourceTarget, tokenizer: Any) -> list[Span]:
+        source, target = (decoded(ids, tokenizer) for ids in (example.ids, example.target))
+        return [Span(f"{source}\n", False), Span(target, True)]
+
+    def learned(self, example: SourceTarget) -> int:
+        return len(example.target)
 
     def collate(self, examples: Sequence[SourceTarget], pad: int) -> Batch:
         ids, targets = [e.ids for e in examples], [e.target for e in examples]

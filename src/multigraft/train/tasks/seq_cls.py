@@ -14,11 +14,13 @@ from multigraft.errors import CheckpointError, ConfigError, did_you_mean
 from multigraft.model import PeftModel
 from multigraft.train import scores
 from multigraft.train.batches import Batch, masked, padded
+from multigraft.train.encode import Span
 from multigraft.train.examples import Example
 from multigraft.train.heads import HEADS, mark_fresh
 from multigraft.train.labels import check_names, class_of, names_in, require_names
 from multigraft.train.load import load_as, load_tokenizer, pad_token
 from multigraft.train.records import Label, Labelled, Record, Refusal
+from multigraft.train.spelling import decoded
 from multigraft.train.tasks.contract import TASKS, Task, widened
 from multigraft.train.tasks.forwards import gathered
 
@@ -63,6 +65,7 @@ class SequenceClassification(Task):
     task_type: ClassVar[str] = "SEQ_CLS"
     records: ClassVar[tuple[type[Record], ...]] = (Labelled,)
     example: ClassVar[type[Example]] = Classified
+    unit: ClassVar[str] = "labels"
 
     labels: tuple[str, ...] = ()
     problem: str = "auto"
@@ -133,6 +136,14 @@ class SequenceClassification(Task):
                 raise Refusal(why, "Give one name, or set the task's `problem` to multi")
         ids, segments, is_cut = _tokens(record, tokenizer, max_length)
         return [Classified(ids, segments, classes, numbers)], is_cut
+
+    def spans(self, example: Classified, tokenizer: Any) -> list[Span]:
+        names = [self.labels[number] for number in example.classes]
+        shown = ", ".join([*names, *(f"{value:g}" for value in example.values)]) or "none"
+        return [Span(f"{decoded(example.ids, tokenizer)} → ", False), Span(shown, True)]
+
+    def learned(self, example: Classified) -> int:
+        return len(example.values) or (len(self.labels) if self.problem == "multi" else 1)
 
     def collate(self, examples: Sequence[Classified], pad: int) -> Batch:
         ids = [example.ids for example in examples]

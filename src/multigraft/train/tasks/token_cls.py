@@ -12,12 +12,13 @@ from torch.nn import functional as F
 from multigraft.model import PeftModel
 from multigraft.train import scores
 from multigraft.train.batches import Batch, masked, padded
-from multigraft.train.encode import IGNORED
+from multigraft.train.encode import IGNORED, Span
 from multigraft.train.examples import Example
 from multigraft.train.heads import HEADS, mark_fresh
 from multigraft.train.labels import check_names, class_of, names_in, require_names
 from multigraft.train.load import load_as
 from multigraft.train.records import Record, Refusal, Tagged
+from multigraft.train.spelling import decoded
 from multigraft.train.tasks.contract import TASKS, Task, widened
 from multigraft.train.tasks.forwards import gathered
 from multigraft.train.tasks.seq_cls import head_settings
@@ -47,6 +48,7 @@ class TokenClassification(Task):
     task_type: ClassVar[str] = "TOKEN_CLS"
     records: ClassVar[tuple[type[Record], ...]] = (Tagged,)
     example: ClassVar[type[Example]] = TaggedTokens
+    unit: ClassVar[str] = "tags"
 
     labels: tuple[str, ...] = ()
 
@@ -92,6 +94,18 @@ class TokenClassification(Task):
         if all(tag == IGNORED for tag in tags):
             raise Refusal("no word has a token within `max_length`", "Raise the length")
         return [TaggedTokens(ids, tags)], is_cut
+
+    def spans(self, example: TaggedTokens, tokenizer: Any) -> list[Span]:
+        starts = [at for at, tag in enumerate(example.tags) if tag != IGNORED]
+        found = [Span(decoded(example.ids[: starts[0]], tokenizer), False)]
+        for start, end in zip(starts, [*starts[1:], len(example.ids)], strict=True):
+            word = decoded(example.ids[start:end], tokenizer).strip()
+            tag = self.labels[example.tags[start]]
+            found += [Span(f" {word} ", False), Span(f"/{tag}", True)]
+        return found
+
+    def learned(self, example: TaggedTokens) -> int:
+        return sum(tag != IGNORED for tag in example.tags)
 
     def collate(self, examples: Sequence[TaggedTokens], pad: int) -> Batch:
         ids = [example.ids for example in examples]
