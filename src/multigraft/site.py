@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from multigraft.bases import HOSTS, Geometry
-from multigraft.storage import Storage
+from multigraft.storage import Storage, storage_of
 
 
 @dataclass(eq=False)
@@ -64,7 +64,8 @@ class Site:
         name, key = self.tensor_name, self.key
         if key in self.kept:
             return self.storage.read_kept(self.layer, self.kept[key], name)
-        return self.storage.read(self.layer, name)
+        # Asked anew: the model may be sharded since, and its parts be together for one call.
+        return storage_of(self.layer, name).read(self.layer, name)
 
     @property
     def tensor_name(self) -> str:

@@ -11,12 +11,57 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from multigraft import CheckpointError, PeftModel, get_peft_model
+from multigraft import (
+    CheckpointError,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    get_peft_model,
+)
 from multigraft.distributed import Replicas, fill_base, load_base, shard
 from multigraft.whole import is_parted
 from tests.distributed.counting import Collectives
 from tests.distributed.replica_jobs import Result, rank, share_any, states, train
 from tests.distributed.tiny import adapted, base, batch, lora, loss_of, share
+
+METHODS: dict[str, Any] = {
+    "dora": LoraConfig(r=4, target_modules=["q_proj", "up_proj"], use_dora=True),
+    "ia3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "oft": OFTConfig(target_modules=["q_proj"], oft_block_size=8, r=0),
+    "loha": LoHaConfig(r=4, target_modules=["q_proj", "up_proj"]),
+    "pissa": LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights="pissa"),
+    "head": LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "embeddings": LoraConfig(r=4, target_modules=["embed_tokens", "lm_head"]),
+    "prefix": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+}
+"""Methods that read the base's weights, stand in for them, or act elsewhere."""
+
+
+def gradients(method: str, how: str) -> dict[str, Tensor]:
+    """An adapter's gradients after a step, and the tensors that it began with.
+
+    Args:
+        how: ``alone``, or sharded ``before`` or ``after`` attaching.
+    """
+    model: Any = base(torch.float32)
+    if how == "before":
+        shard(model)
+    torch.manual_seed(3)
+    model = get_peft_model(model, METHODS[method])
+    replicas = shard(model) if how == "after" else Replicas(model) if how == "before" else None
+    with torch.no_grad():
+        for parameter in model.roster.parameters("default"):
+            parameter.add_(torch.linspace(-0.1, 0.1, parameter.numel()).view(parameter.shape))
+    loss_of(model, batch(0) if how == "alone" else share(batch(0))).backward()
+    if replicas is not None:
+        replicas.reduce()
+    own = list(model.roster.parameters("default"))
+    assert all(p.grad is not None for p in own if p.requires_grad)
+    found = {f"gradient {i}": p.grad for i, p in enumerate(own) if p.grad is not None}
+    return {**found, **states(model)}
 
 
 def is_sharded(model: PeftModel) -> bool:
@@ -78,18 +123,27 @@ def mixed_dtypes() -> tuple[set[str], set[str], list[float]]:
     return kinds, theirs, [replicas.mean(loss) for loss in losses]
 
 
-def merged() -> tuple[float, float, float, bool]:
+def merged(method: str | None = None) -> tuple[float, float, float, bool]:
     """How far logits are apart: merged from not, unmerged from not; and bits of the base."""
-    model = adapted(base(torch.float32), "a")
+    model: Any = base(torch.float32)
+    if method is None:
+        model = adapted(model, "a")
+    else:
+        torch.manual_seed(3)
+        model = get_peft_model(model, METHODS[method])
     shard(model)
     ids = batch(0)
+    with torch.no_grad():
+        for parameter in model.roster.parameters(model.active_adapters[0]):
+            parameter.add_(torch.linspace(-0.1, 0.1, parameter.numel()).view(parameter.shape))
     with torch.no_grad():
         before = model(input_ids=ids).logits
         weights = [p.to_local().clone() for p in model.parameters() if is_parted(p)]
         with model.disable_adapter():
             plain = model(input_ids=ids).logits
         model.merge_adapter()
-        assert not torch.equal(weights[1], [p.to_local() for p in parted(model)][1])
+        pairs = zip(weights, parted(model), strict=True)
+        assert not all(torch.equal(w, p.to_local()) for w, p in pairs)
         inside = model(input_ids=ids).logits
         model.unmerge_adapter()
         after = model(input_ids=ids).logits

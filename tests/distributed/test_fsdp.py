@@ -53,6 +53,19 @@ def test_a_sharded_base_trains_as_a_whole_one_does(
             torch.testing.assert_close(saved[key], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("how", ["before", "after"])
+@pytest.mark.parametrize("method", jobs.METHODS)
+def test_every_kind_of_method_acts_on_a_sharded_base(two: World, method: str, how: str) -> None:
+    if (method, how) == ("head", "before"):
+        pytest.skip("a copy of a module in parts is refused")
+    expected = jobs.gradients(method, "alone")
+    assert any(float(v.abs().max()) > 0 for k, v in expected.items() if k.startswith("gradient"))
+    for found in two.run(jobs.gradients, method, how):
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-5, msg=key)
+
+
 def test_what_ranks_saved_together_loads_in_one_process(two: World, tmp_path: Path) -> None:
     two.run(jobs.trained, "sharded", ("default",), [{"active": ["default"]}] * 2, str(tmp_path))
     alone = adapted(base(torch.float32))
@@ -93,10 +106,11 @@ def test_adapters_keep_float32_beside_a_bfloat16_base(two: World) -> None:
         assert losses == pytest.approx(expected, rel=1e-2)
 
 
-def test_merging_into_a_sharded_base_and_out_again(two: World) -> None:
-    for adapter, inside, outside, is_same in two.run(jobs.merged):
-        assert adapter > 0.01
-        assert inside < 1e-4
+@pytest.mark.parametrize("method", [None, "dora", "ia3", "oft", "loha", "pissa", "embeddings"])
+def test_merging_into_a_sharded_base_and_out_again(two: World, method: str | None) -> None:
+    for adapter, inside, outside, is_same in two.run(jobs.merged, method):
+        assert adapter > 1e-4
+        assert inside < min(1e-4, adapter / 20)
         assert outside == 0
         assert is_same
 

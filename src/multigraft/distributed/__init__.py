@@ -13,11 +13,13 @@ from multigraft.distributed.checkpoints import has_sharded, load_sharded, save_s
 from multigraft.distributed.fsdp import blocks_of, shard
 from multigraft.distributed.loading import fill_base, load_base
 from multigraft.distributed.replicas import Replicas
+from multigraft.distributed.tensor_parallel import TensorParallel
 from multigraft.distributed.together import Ranks, together
 
 __all__ = [
     "Ranks",
     "Replicas",
+    "TensorParallel",
     "blocks_of",
     "fill_base",
     "has_sharded",

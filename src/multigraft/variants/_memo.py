@@ -142,8 +142,7 @@ def _mark(tensor: Tensor, known: Mark | None = None) -> Mark | None:
     if tensor.is_inference():
         return None  # whose changes are not counted
     if is_traceable_wrapper_subclass(tensor):
-        names, _ = tensor.__tensor_flatten__()
-        marks = tuple(_mark(getattr(tensor, name)) for name in names)
+        marks = tuple(map(_mark, _parts(tensor)))
         return None if None in marks else Mark(marks, (type(tensor),))
     storage, held = tensor.untyped_storage(), None if known is None else known.storage
     if isinstance(held, StorageWeakRef) and held.cdata == storage._cdata:
@@ -151,12 +150,17 @@ def _mark(tensor: Tensor, known: Mark | None = None) -> Mark | None:
     return Mark(StorageWeakRef(storage), _rest(tensor))
 
 
+def _parts(tensor: Any) -> list[Tensor]:
+    """The plain tensors that one of another class holds; a DTensor holds a mesh beside them."""
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names if isinstance(part := getattr(tensor, name), Tensor)]
+
+
 def _is_same(tensor: Tensor, mark: Mark) -> bool:
     if isinstance(mark.storage, tuple):
         if type(tensor) is not mark.rest[0]:
             return False
-        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-        parts = [getattr(tensor, name) for name in names]
+        parts = _parts(tensor)
         return len(parts) == len(mark.storage) and all(map(_is_same, parts, mark.storage))
     is_plain = not tensor.is_inference() and not is_traceable_wrapper_subclass(tensor)
     return (
