@@ -88,7 +88,7 @@ def test_a_process_that_is_killed_is_started_again_and_the_run_goes_on(
 ):
     out = tmp_path / "out"
     process = subprocess.Popen(
-        command(run_file, out, 2, "--steps", "400"),
+        command(run_file, out, 2, "--steps", "60"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -107,8 +107,8 @@ def test_a_process_that_is_killed_is_started_again_and_the_run_goes_on(
     assert before.name > "round-000000"
     for name in NAMES:
         log = (out / name / "train_log.jsonl").read_text()
-        steps = [int(x) for x in re.findall(r'"step": (\d+), "steps": 400, "loss"', log)]
-        assert steps == list(range(1, 401))
+        steps = [int(x) for x in re.findall(r'"step": (\d+), "steps": 60, "loss"', log)]
+        assert steps == list(range(1, 61))
 
 
 def children(pid: int) -> list[int]:

@@ -14,7 +14,7 @@ from rich.table import Table
 from multigraft.cli.flags import given, with_flags
 from multigraft.cli.interrupted import Interrupted
 from multigraft.cli.screen import duration, heading, live, screen
-from multigraft.train import REPORT, Job, Outcome, Prepared
+from multigraft.train import REPORT, Job, Outcome, Prepared, launched
 from multigraft.train.spec import RunSpec, job_of, read_run
 
 
@@ -36,22 +36,28 @@ def _train(
 
     Example: `multigraft train run.yaml --lr 1e-4 --sweep rank=[8,16]`
     """
-    job = job_of(read_run(file, given(RunSpec, flags)))
-    console, start = screen(quiet=quiet), time.monotonic()
-    outcomes = _run(console, job)
-    _summary(console, job, outcomes, time.monotonic() - start)
+    asked = read_run(file, given(RunSpec, flags))
+    job = job_of(asked)
+    with launched(asked.timeout, job.device) as ranks:
+        console, start = (
+            screen(quiet=quiet or not (ranks is None or ranks.is_main)),
+            time.monotonic(),
+        )
+        outcomes = _run(console, job, ranks)
+        _summary(console, job, outcomes, time.monotonic() - start)
 
 
 train = with_flags(RunSpec, _train)
 train.__name__ = "train"
 
 
-def _run(console: Console, job: Job) -> list[Outcome]:
+def _run(console: Console, job: Job, ranks: Any) -> list[Outcome]:
     with console.status("Reading the data and loading the base model"):
-        ready = job.prepare()
+        ready = job.prepare(ranks)
     names = [entrant.name for entrant in ready.entrants]
     several = f"{len(names)} adapters" if len(names) > 1 else f"`{names[0]}`"
-    heading(console, f"Training {several} on {job.model}")
+    shared = f", on {ranks.size} processes ({job.strategy})" if ranks is not None else ""
+    heading(console, f"Training {several} on {job.model}{shared}")
     _introduce(console, ready)
     try:
         with live(console, names) as on_event:

@@ -10,6 +10,7 @@ or all of that for several adapters at once, with checks before and files after,
 """
 
 from multigraft.train.batches import Batch, Order, collate
+from multigraft.train.company import launched
 from multigraft.train.data import Found, pairs, read, read_jsonl, stream
 from multigraft.train.dataset import Split
 from multigraft.train.encode import Encoded, Encoding, encode, encode_one, prompt_ids
@@ -26,11 +27,13 @@ from multigraft.train.preview import Preview, Shown, preview
 from multigraft.train.recipe import SCHEDULES, Recipe
 from multigraft.train.records import BadLine, Chat, Pair, Record, Records, Text
 from multigraft.train.skeleton import load_base, load_skeleton
+from multigraft.train.tasks import TASKS, Task, read_task, task_of, write_task
 from multigraft.train.watch import Watch
 
 __all__ = [
     "REPORT",
     "SCHEDULES",
+    "TASKS",
     "AdapterJob",
     "Answer",
     "BadLine",
@@ -58,6 +61,7 @@ __all__ = [
     "Saved",
     "Shown",
     "Split",
+    "Task",
     "Text",
     "Watch",
     "answer",
@@ -68,6 +72,7 @@ __all__ = [
     "encode_one",
     "formats",
     "generate",
+    "launched",
     "load_base",
     "load_model",
     "load_skeleton",
@@ -79,7 +84,10 @@ __all__ = [
     "prompt_ids",
     "read",
     "read_jsonl",
+    "read_task",
     "share_right",
     "stream",
+    "task_of",
     "train",
+    "write_task",
 ]

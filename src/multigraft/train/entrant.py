@@ -9,6 +9,7 @@ from torch import Tensor
 
 from multigraft.errors import ConfigError
 from multigraft.model import PeftModel
+from multigraft.train.crew import ALONE, Crew
 from multigraft.train.events import Evaluated
 from multigraft.train.lane import Lane
 from multigraft.train.watch import HeldOut, Watch
@@ -66,15 +67,18 @@ class Entrant:
         has_waited = self.watch.patience is not None and self.waited >= self.watch.patience
         return "stopped" if has_waited else None
 
-    def evaluate(self, model: PeftModel) -> Evaluated:
+    def evaluate(self, model: PeftModel, crew: Crew = ALONE) -> Evaluated:
         """Measure it, and keep its values where none were better.
+
+        Args:
+            crew: the processes that do so; all take what the first one has found.
 
         Raises:
             ConfigError: there is no measure of the name that is to be compared.
         """
         assert self.held_out is not None
         model.roster.set_active([self.name])
-        values = self.held_out.measure(model)
+        values = crew.agreed(self.held_out.measure(model))
         wanted = self.watch.measure
         if wanted not in values:
             known = ", ".join(values)

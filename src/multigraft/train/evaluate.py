@@ -93,7 +93,7 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference mode, whose tensors FSDP cannot gather into again
             out = model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
@@ -131,7 +131,7 @@ def mean_loss(
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference mode, whose tensors FSDP cannot gather into again
             for start in range(0, len(examples), batch_size):
                 batch = task.collate(examples[start : start + batch_size], pad).to(device)
                 batch = task.prepare(model, batch)

@@ -54,7 +54,7 @@ def check_packing(model: nn.Module, examples: Sequence[Encoded], pad: int = 0) -
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             # Two rows: a row that is alone may be treated unlike one among others.
             packed = collate_packed([two, two], pad).to(device)
             together = model(**packed.inputs, use_cache=False).logits[1, -packed.ids.shape[1] :]

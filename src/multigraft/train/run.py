@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from multigraft.errors import CheckpointError, MultigraftWarning, TrainingError
 from multigraft.model import PeftModel
+from multigraft.train.crew import ALONE, Crew
 from multigraft.train.entrant import Entrant, names_of
 from multigraft.train.events import Evaluated, Event, Finished, OnEvent, Progress, Saved
 from multigraft.train.saves import Checkpoint, Saves
@@ -27,6 +28,7 @@ class Run:
         saves: its checkpoints, if there are to be any.
         on_event: told of everything that happens.
         on_finish: called with an entrant whose values are final, to save its adapter.
+        crew: the processes that make the run; the first one tells and saves.
     """
 
     def __init__(
@@ -37,10 +39,12 @@ class Run:
         saves: Saves | None = None,
         on_event: OnEvent | None = None,
         on_finish: Callable[[Entrant], None] | None = None,
+        crew: Crew = ALONE,
     ) -> None:
         self.model = model
         self.entrants = list(entrants)
-        self.saves = saves
+        self.crew = crew
+        self.saves = saves if crew.is_main else None
         self.on_event = on_event or (lambda event: None)
         self.on_finish = on_finish or (lambda entrant: None)
         self.round = 0
@@ -108,7 +112,7 @@ class Run:
 
     def _go_round(self) -> None:
         live = self.live
-        results = step(self.model, [entrant.lane for entrant in live])
+        results = step(self.model, [entrant.lane for entrant in live], self.crew)
         self.round += 1
         for entrant, done in zip(live, results, strict=True):
             if done.error is None:
@@ -137,7 +141,7 @@ class Run:
                 self._say_end(entrant)
 
     def _evaluate(self, entrant: Entrant) -> None:
-        found: Evaluated = entrant.evaluate(self.model)
+        found: Evaluated = entrant.evaluate(self.model, self.crew)
         self.on_event(found)
 
     def _say_end(self, entrant: Entrant) -> None:

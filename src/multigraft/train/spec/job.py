@@ -41,6 +41,7 @@ def job_of(run: RunSpec) -> Job:
         overwrite=run.overwrite,
         resume=run.resume,
         log_to=tuple(run.log_to),
+        strategy=run.strategy,
         report=run.report,
     )
 

@@ -49,7 +49,7 @@ def each_batch(
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             for start in range(0, len(examples), batch_size):
                 batch = task.collate(examples[start : start + batch_size], pad).to(device)
                 found.append(run(task.prepare(model, batch)))
