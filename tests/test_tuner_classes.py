@@ -27,7 +27,7 @@ OPTIONS = {
     "TRAINABLE_TOKENS": ("TrainableTokensConfig", {"target_modules": ["2"], "token_indices": [1]}),
     "VERA": ("VeraConfig", {"target_modules": ["0"], "init_weights": False}),
 }
-TUNERS = multigraft.PEFT_TYPE_TO_TUNER_MAPPING
+TUNERS = multigraft.PEFT_TYPE_TO_MIXED_MODEL_MAPPING
 
 
 class Net(nn.Sequential):
@@ -67,9 +67,14 @@ def test_each_gives_what_pefts_gives(kind: str) -> None:
 
 def test_every_method_that_changes_weights_has_a_class() -> None:
     assert {str(kind) for kind in TUNERS} == set(OPTIONS)
-    assert multigraft.PEFT_TYPE_TO_MIXED_MODEL_MAPPING == TUNERS
-    for kind, tuner in TUNERS.items():
-        assert kind in tuner.methods
+    assert all(kind in tuner.methods for kind, tuner in TUNERS.items())
+
+
+def test_every_method_has_a_class_of_pefts_name() -> None:
+    every = multigraft.PEFT_TYPE_TO_TUNER_MAPPING
+    assert set(every) == set(multigraft.PEFT_TYPE_TO_CONFIG_MAPPING)
+    assert TUNERS.items() <= every.items()
+    for kind, tuner in every.items():
         assert tuner.__name__ == peft.PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType(kind)].__name__
 
 

@@ -101,10 +101,22 @@ if TYPE_CHECKING:
     from multigraft.kappa import find_kappa_target_modules
     from multigraft.kbit import cast_mixed_precision_params, prepare_model_for_kbit_training
     from multigraft.kinds import BaseTunerLayer, LoraLayer
+    from multigraft.prompts.encoders import (
+        PrefixEncoder,
+        PromptEmbedding,
+        PromptEncoder,
+        shift_tokens_right,
+    )
+    from multigraft.prompts.given import (
+        initialize_kv_prefix_from_past_key_values,
+        initialize_kv_prefix_from_text,
+        prompt_embeddings_from_past_key_values,
+    )
     from multigraft.tuner_classes import (
         PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
         PEFT_TYPE_TO_TUNER_MAPPING,
         AdaLoraModel,
+        AdaptionPromptModel,
         HiraModel,
         IA3Model,
         LNTuningModel,
@@ -124,6 +136,7 @@ __all__ = [
     "AdaptedLayer",
     "AdapterNameError",
     "AdaptionPromptConfig",
+    "AdaptionPromptModel",
     "AliasError",
     "ArrowConfig",
     "AutoPeftModel",
@@ -183,7 +196,10 @@ __all__ = [
     "PeftModelForTokenClassification",
     "PeftType",
     "PeftWarning",
+    "PrefixEncoder",
     "PrefixTuningConfig",
+    "PromptEmbedding",
+    "PromptEncoder",
     "PromptEncoderConfig",
     "PromptEncoderReparameterizationType",
     "PromptLearningConfig",
@@ -216,6 +232,8 @@ __all__ = [
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "initialize_kv_prefix_from_past_key_values",
+    "initialize_kv_prefix_from_text",
     "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "inspect",
@@ -223,10 +241,12 @@ __all__ = [
     "prepare_model_for_kbit_training",
     "preprocess_corda",
     "preprocess_loraga",
+    "prompt_embeddings_from_past_key_values",
     "replace_lora_weights_loftq",
     "save_as_lora",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
+    "shift_tokens_right",
     "targets",
     "verify",
 ]
@@ -257,10 +277,22 @@ _LATER = {
     "kappa": ["find_kappa_target_modules"],
     "kbit": ["cast_mixed_precision_params", "prepare_model_for_kbit_training"],
     "kinds": ["BaseTunerLayer", "LoraLayer"],
+    "prompts.encoders": [
+        "PrefixEncoder",
+        "PromptEmbedding",
+        "PromptEncoder",
+        "shift_tokens_right",
+    ],
+    "prompts.given": [
+        "initialize_kv_prefix_from_past_key_values",
+        "initialize_kv_prefix_from_text",
+        "prompt_embeddings_from_past_key_values",
+    ],
     "tuner_classes": [
         "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
         "PEFT_TYPE_TO_TUNER_MAPPING",
         "AdaLoraModel",
+        "AdaptionPromptModel",
         "HiraModel",
         "IA3Model",
         "LNTuningModel",

@@ -16,6 +16,7 @@ from multigraft import kinds
 from multigraft.config import PeftConfig, PeftType
 from multigraft.errors import ConfigError
 from multigraft.methods import METHODS
+from multigraft.prompts.encoders import PrefixEncoder, PromptEmbedding, PromptEncoder
 from multigraft.tuner import Tuner, base_of, inject_adapter_in_model
 
 
@@ -58,18 +59,21 @@ class MethodTuner(Tuner, metaclass=AskedOfTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: Mapping[str, Tensor] | None = None,
     ) -> None:
-        configs = peft_config if isinstance(peft_config, Mapping) else {adapter_name: peft_config}
-        if adapter_name not in configs:
-            raise ConfigError(f"`peft_config` has no `{adapter_name}`; it has {list(configs)}.")
-        config, mine = configs[adapter_name], sorted(self.methods)
+        config, base = self._chosen(peft_config, adapter_name), base_of(model)
+        inject_adapter_in_model(config, base, adapter_name, low_cpu_mem_usage, state_dict)
+        super().__init__(base)
+
+    def _chosen(self, given: PeftConfig | Mapping[str, PeftConfig], name: str) -> PeftConfig:
+        configs = given if isinstance(given, Mapping) else {name: given}
+        if name not in configs:
+            raise ConfigError(f"`peft_config` has no `{name}`; it has {list(configs)}.")
+        config, mine = configs[name], sorted(self.methods)
         if str(getattr(config, "peft_type", None)) not in mine:
             raise ConfigError(
                 f"{type(self).__name__} begins with an adapter of {' or '.join(mine)}, and "
                 f"`peft_config` is a {type(config).__name__}. Use get_peft_model() for any method."
             )
-        base = base_of(model)
-        inject_adapter_in_model(config, base, adapter_name, low_cpu_mem_usage, state_dict)
-        super().__init__(base)
+        return config
 
 
 class LoraModel(MethodTuner):
@@ -151,7 +155,30 @@ class VeraModel(MethodTuner):
     uses_shared_state = True
 
 
-PEFT_TYPE_TO_TUNER_MAPPING: dict[PeftType, type[MethodTuner]] = {
+class AdaptionPromptModel(MethodTuner):
+    """A model with an adaption prompt, and the handle that holds its tensors.
+
+    Args:
+        model: the base model; a handle (`PeftModel`) stands for its base.
+        configs: the adapter's config, or a dictionary of them by name.
+        adapter_name: its name.
+    """
+
+    methods = frozenset({"ADAPTION_PROMPT"})
+
+    def __init__(
+        self,
+        model: nn.Module,
+        configs: PeftConfig | Mapping[str, PeftConfig],
+        adapter_name: str = "default",
+    ) -> None:
+        config = self._chosen(configs, adapter_name)
+        Tuner.__init__(self, base_of(model))
+        self.add_adapter(adapter_name, config, activate=True)
+        self.roster.show_contexts(self)
+
+
+PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[PeftType, type[MethodTuner]] = {
     PeftType.LORA: LoraModel,
     PeftType.ADALORA: AdaLoraModel,
     PeftType.HIRA: HiraModel,
@@ -163,5 +190,11 @@ PEFT_TYPE_TO_TUNER_MAPPING: dict[PeftType, type[MethodTuner]] = {
     PeftType.TRAINABLE_TOKENS: TrainableTokensModel,
     PeftType.VERA: VeraModel,
 }
-PEFT_TYPE_TO_MIXED_MODEL_MAPPING = PEFT_TYPE_TO_TUNER_MAPPING
 """Every method's adapters stand beside those of any other."""
+PEFT_TYPE_TO_TUNER_MAPPING: dict[PeftType, type[nn.Module]] = {
+    **PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+    PeftType.ADAPTION_PROMPT: AdaptionPromptModel,
+    PeftType.P_TUNING: PromptEncoder,
+    PeftType.PREFIX_TUNING: PrefixEncoder,
+    PeftType.PROMPT_TUNING: PromptEmbedding,
+}

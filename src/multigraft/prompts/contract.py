@@ -95,9 +95,18 @@ class Table(Context):
         """Sizes of the table."""
         raise NotImplementedError(f"{cls.__name__} must define `shape`")
 
-    def forward(self) -> Tensor:
-        """The table ``(rows, width)``, with gradients to the parameters."""
-        return self.embedding.weight
+    def forward(self, indices: Tensor | None = None) -> Tensor:
+        """The table ``(rows, width)``, with gradients to the parameters.
+
+        Args:
+            indices: numbers of virtual tokens ``(...)``, for ``(..., width)`` of these alone.
+        """
+        rows = self.embedding.weight if indices is None else self.embedding(indices)
+        return rows if self.is_flat else self.made(rows)
+
+    def made(self, rows: Tensor) -> Tensor:
+        """What the network makes of the embeddings, where it is not flat."""
+        raise NotImplementedError(f"{type(self).__name__} must define `made`")
 
     def slots(self) -> dict[str, Slot]:
         if not self.is_flat:

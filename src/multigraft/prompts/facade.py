@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from multigraft.errors import StateError
+from multigraft.errors import StateError, UnsupportedError
 from multigraft.prompts.cache import filled_cache
 from multigraft.prompts.config import words_of
 from multigraft.prompts.contract import TABLE, Context
@@ -42,15 +42,27 @@ class PromptFacade:
         """The module that embeds the base model's own tokens."""
         return words_of(self.get_base_model())
 
-    def get_prompt(self, batch_size: int) -> Any:
+    def get_prompt(
+        self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None
+    ) -> Any:
         """What the active context adapter gives for a batch.
+
+        Args:
+            task_ids: of multitask prompt tuning, which is not built: None.
+            max_cache_len: has no effect: the cache grows with what is put in.
 
         Returns:
             Virtual tokens ``(batch_size, rows, width)``, or a cache that holds the prefix.
 
         Raises:
             StateError: no context adapter is active.
+            UnsupportedError: `task_ids` are given.
         """
+        if task_ids is not None:
+            raise UnsupportedError(
+                "`task_ids` are of multitask prompt tuning, which is not built. Leave them out, or "
+                "use an adapter for each task."
+            )
         context, model = self._context(), self.get_base_model()
         if context.kind == "cache":
             return filled_cache(context, model, batch_size)

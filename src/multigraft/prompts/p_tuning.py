@@ -121,12 +121,8 @@ class PTuning(Table):
     def is_flat(self) -> bool:
         return "mlp_head" not in self._modules
 
-    def forward(self) -> Tensor:
-        """The table ``(rows, width)``."""
-        table: Tensor = self.embedding.weight
-        if self.is_flat:
-            return table
+    def made(self, rows: Tensor) -> Tensor:
         if "lstm_head" in self._modules:
-            table = self.lstm_head(table[None])[0][0]
-        made: Tensor = self.mlp_head(table)
+            rows = self.lstm_head(rows[None])[0][0] if rows.dim() == 2 else self.lstm_head(rows)[0]
+        made: Tensor = self.mlp_head(rows)
         return made

@@ -13,9 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from multigraft.config import PeftType, check_choice
+from multigraft.config import PeftType, check_choice, require
 from multigraft.prompts.cache import check_takes_cache, key_shape, layers_with_prefix
 from multigraft.prompts.config import (
     PromptLearningConfig,
@@ -84,10 +85,27 @@ class PrefixTuning(Table):
     def shape(cls, config: Any) -> tuple[int, int]:
         return config.num_virtual_tokens, config.num_layers * 2 * config.token_dim
 
-    def forward(self) -> Tensor:
-        """The table ``(rows, layers * 2 * width)``."""
-        table: Tensor = self.embedding.weight
-        return table if self.is_flat else self.transform(table)
+    def made(self, rows: Tensor) -> Tensor:
+        made: Tensor = self.transform(rows)
+        return made
+
+    @torch.no_grad()
+    def load_prompt_embeddings(self, prompt_embeddings: Tensor) -> None:
+        """Make the prefix this table ``(rows, layers * 2 * width)``.
+
+        Raises:
+            ConfigError: a network makes the prefix, or the table is of another shape.
+        """
+        require(
+            not self.config.prefix_projection,
+            "PREFIX_TUNING",
+            "prefix_projection",
+            True,
+            "False for a prefix that is given: a network's own cannot be told from it",
+        )
+        own, given = tuple(self.embedding.weight.shape), tuple(prompt_embeddings.shape)
+        require(own == given, "PREFIX_TUNING", "prompt_embeddings.shape", given, f"{own}")
+        self.embedding.weight.copy_(prompt_embeddings)
 
     @property
     def is_flat(self) -> bool:

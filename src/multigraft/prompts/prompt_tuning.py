@@ -86,10 +86,13 @@ class PromptTuning(Table):
     def shape(cls, config: Any) -> tuple[int, int]:
         return config.num_virtual_tokens * config.num_transformer_submodules, config.token_dim
 
-    @torch.no_grad()
     def initialise(self, model: nn.Module) -> None:
         words = words_of(model)
-        words = getattr(words, "base_layer", words)  # the base's own, whoever adapts it
+        self.begin_from(getattr(words, "base_layer", words))  # the base's own, whoever adapts it
+
+    @torch.no_grad()
+    def begin_from(self, words: nn.Module) -> None:
+        """Take the first values from the embeddings of words, as the config says."""
         device = next(words.parameters()).device
         rows = len(self.embedding.weight)
         if self.config.prompt_tuning_init == PromptTuningInit.SAMPLE_VOCAB:
