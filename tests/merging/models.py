@@ -85,3 +85,13 @@ def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
         found: Tensor = model(input_ids=ids).logits
     return found
+
+
+def write_mixtral(folder: Path) -> Path:
+    """A mixture of experts, whose files hold each expert by itself."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    MixtralForCausalLM(MixtralConfig(**SIZES, **experts)).save_pretrained(folder)
+    return folder

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from multigraft.errors import CheckpointError, MissingExtraError, UnsupportedError, listed
+from multigraft.merging.layout import REMEDY, Built, layout_of
 from multigraft.merging.mapped import MappedWeights
 from multigraft.train import load_skeleton
 
@@ -31,6 +32,8 @@ class MappedModel:
         names: every path of a tensor in the model to its key in the files; of tied ones to the key
             of the one that is stored.
         stored: those of these paths that have a key of their own.
+        built: paths of what is made of several tensors of the files; the model has zeros there,
+            which take no memory, until `values_of` is put in.
         places: every path to the module that holds the tensor, and its name there.
     """
 
@@ -39,12 +42,22 @@ class MappedModel:
     weights: MappedWeights
     names: dict[str, str] = field(default_factory=dict)
     stored: frozenset[str] = frozenset()
+    built: dict[str, Built] = field(default_factory=dict)
     places: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
 
     @property
     def config(self) -> dict[str, Any]:
         """Its ``config.json``."""
         return read_json(self.folder / CONFIG)
+
+    def values_of(self, path: str) -> Tensor:
+        """What stands at this path, made of the files' tensors where it is `built`."""
+        if path not in self.built:
+            value: Tensor = held(*self.places[path])
+            return value
+        made = self.built[path].make(self.weights)[path]
+        self.weights.forget()
+        return made.contiguous()
 
     @cached_property
     def paths_at(self) -> dict[tuple[int, str], list[str]]:
@@ -137,7 +150,8 @@ def _refuse_quantised(folder: Path) -> None:
 def _put_in(found: MappedModel) -> None:
     """Give every parameter and persistent buffer its mapped tensor; tied ones share one."""
     weights, places = found.weights, _places(found.model)
-    keys = _keys(found.model, set(places), weights)
+    layout = layout_of(found.model, {n: tensor for n, (_, _, tensor) in places.items()}, weights)
+    found.built, keys = layout.built, layout.names
     found.stored = frozenset(keys)
     twins: dict[int, list[str]] = {}
     for name in sorted(places, key=lambda name: name not in keys):  # what is stored comes first
@@ -147,6 +161,10 @@ def _put_in(found: MappedModel) -> None:
             _check_shape(found.folder, keys[name], weights, tensor)
             twin = _twin(found, same, weights[keys[name]])
             _place(owner, leaf, weights[keys[name]], twin)
+        elif name in found.built:
+            info = weights.info(found.built[name].keys[0])
+            _check_built(found, name, tensor)
+            _place(owner, leaf, torch.zeros(1, dtype=info.dtype).expand(tensor.shape), None)
         elif same:
             owner._parameters[leaf] = held(*found.places[same[0]])
             keys[name] = keys[same[0]]
@@ -156,13 +174,11 @@ def _put_in(found: MappedModel) -> None:
         same.append(name)
     weights.forget()
     found.names = keys
-    missing = [n for n, (_, _, t) in places.items() if n not in keys and t.is_meta]
+    missing = [n for n, (_, _, t) in places.items() if n not in found.places and t.is_meta]
     if missing:
         raise UnsupportedError(
-            f"{found.folder}: its files do not hold {listed(missing, 3)} under these names: they "
-            "are incomplete, or stored in another layout than transformers' model has them "
-            "(single experts). Load the model, save it with save_pretrained(), and merge into "
-            "that; or merge in memory with merge_and_unload()."
+            f"{found.folder}: its files do not hold {listed(missing, 3)}: they are incomplete, or "
+            f"stored in another layout than transformers' model has them. {REMEDY}"
         )
 
 
@@ -199,19 +215,13 @@ def _places(model: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor]]:
     return found
 
 
-def _keys(model: nn.Module, names: set[str], weights: MappedWeights) -> dict[str, str]:
-    """Paths in the model to keys in the files, which may lack the model's own prefix, or have one.
-
-    The weights of a bare model lack the prefix that they have beneath a head.
-    """
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    found = {}
-    for key in weights:
-        for name in (key, f"{prefix}{key}", key.removeprefix(prefix)):
-            if name in names:
-                found[name] = key
-                break
-    return found
+def _check_built(found: MappedModel, path: str, tensor: Tensor) -> None:
+    shape = found.built[path].shapes[path]
+    if shape != tuple(tensor.shape):
+        raise CheckpointError(
+            f"{found.folder}: `{path}` is {shape} by the files, and {tuple(tensor.shape)} by its "
+            "config. Copy or download the model again."
+        )
 
 
 def _check_shape(folder: Path, key: str, weights: MappedWeights, tensor: Tensor) -> None:

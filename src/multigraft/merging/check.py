@@ -1,13 +1,12 @@
 """Whether a merged model says what the adapters said, by the outputs of both on the same inputs.
 
-Weights stay in their files: each module's are widened to float32 for its own call and let go after
-it, so that what differs is the merged weights' rounding and no arithmetic.
+Both run in float32 on weights as they are stored, so that what differs is the merged weights'
+rounding and no arithmetic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from multigraft.errors import MergeError, UnsupportedError
-from multigraft.merging.mapped import MappedWeights
+from multigraft.merging.base import MappedModel
+from multigraft.merging.running import streamed
 from multigraft.model import PeftModel
 
 LENGTH = 32
@@ -108,16 +108,16 @@ def inputs_for(model: nn.Module, prompts: Sequence[Sequence[int]] = ()) -> list[
 
 @torch.no_grad()
 def outputs(
-    model: nn.Module, base: nn.Module, weights: MappedWeights, inputs: Sequence[dict[str, Tensor]]
+    model: nn.Module, base: MappedModel, inputs: Sequence[dict[str, Tensor]]
 ) -> list[Tensor]:
     """A model's outputs, ``(places, numbers)`` for each of the inputs.
 
     Args:
         model: what is called.
-        base: the modules that hold the mapped weights.
+        base: the modules in it that have mapped weights.
     """
     found = []
-    with streamed(base, weights):
+    with streamed(base):
         for each in inputs:
             out = model(**each)
             first = getattr(out, "logits", None)
@@ -148,63 +148,16 @@ def compare(
 
 
 def verdict(
+    base: MappedModel,
     adapted: PeftModel,
     names: Sequence[str],
-    weights: MappedWeights,
-    merged: nn.Module,
-    merged_weights: MappedWeights,
+    merged: MappedModel,
     inputs: Sequence[dict[str, Tensor]],
     dtype: torch.dtype,
 ) -> Verdict:
     """Run the base, the base with the adapters, and the merged model, and compare them."""
-    base = adapted.get_base_model()
     adapted.set_adapter(list(names), inference_mode=True)
-    own = outputs(adapted, base, weights, inputs)
+    own = outputs(adapted, base, inputs)
     with adapted.disable_adapter():
-        plain = outputs(adapted, base, weights, inputs)
-    return compare(outputs(merged, merged, merged_weights, inputs), own, plain, dtype)
-
-
-@contextmanager
-def streamed(model: nn.Module, weights: MappedWeights) -> Iterator[None]:
-    """Modules run in float32 on weights that are widened for the length of a call."""
-    own: dict[int, dict[str, Any]] = {}
-
-    def widen(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        own[id(module)] = dict(module._parameters)
-        if not isinstance(module, nn.Embedding):
-            for name, tensor in own[id(module)].items():
-                module._parameters[name] = _wide_parameter(tensor)
-        return tuple(map(_wide, args)), {key: _wide(value) for key, value in kwargs.items()}
-
-    def narrow(module: nn.Module, args: Any, output: Any) -> Any:
-        module._parameters.update(own.pop(id(module)))
-        weights.forget()
-        return _wide(output)
-
-    hooks = []
-    for module in model.modules():
-        if module._parameters and _is_mapped(module):
-            hooks.append(module.register_forward_pre_hook(widen, with_kwargs=True))
-            hooks.append(module.register_forward_hook(narrow))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _is_mapped(module: nn.Module) -> bool:
-    """Whether it is a module of the model itself, rather than one that holds adapters' tensors."""
-    return type(module).__module__.partition(".")[0] != __name__.partition(".")[0]
-
-
-def _wide_parameter(tensor: nn.Parameter | None) -> nn.Parameter | None:
-    if tensor is None or not tensor.is_floating_point() or tensor.dtype.itemsize > 2:
-        return tensor
-    return nn.Parameter(tensor.detach().float(), requires_grad=False)
-
-
-def _wide(value: Any) -> Any:
-    is_narrow = isinstance(value, Tensor) and value.is_floating_point() and value.dtype.itemsize < 4
-    return value.float() if is_narrow else value
+        plain = outputs(adapted, base, inputs)
+    return compare(outputs(merged.model, merged, inputs), own, plain, dtype)

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from multigraft.errors import CheckpointError, ConfigError, MergeError
+from multigraft.errors import CheckpointError, ConfigError, MergeError, UnsupportedError
 from multigraft.inspection import assemble
 from multigraft.merging import companions
 from multigraft.merging.base import MappedModel, local_folder, open_base
 from multigraft.merging.check import Verdict, inputs_for, verdict
+from multigraft.merging.layout import REMEDY
 from multigraft.merging.output import Output
 from multigraft.merging.staging import new_folder, require_free, require_space
 from multigraft.merging.stream import OnLayer, Plan, plan, run
@@ -116,6 +117,7 @@ def merge_files(
     handle.eval()
     names = list(handle.peft_config)
     handle.roster.set_active([])
+    _refuse_begun(opened.base, handle)
     made = plan(opened.base, handle.roster, names)
     files = companions.companions(opened.base.folder, _folders(adapters))
     inputs = [] if check == "off" else inputs_for(opened.base.model, _tokens(opened, prompts))
@@ -125,8 +127,8 @@ def merge_files(
         merged = open_base(stage)
         found = None
         if check != "off":
-            places = (opened.base.weights, merged.model, merged.weights)
-            found = verdict(handle, names, *places, inputs, _narrowest(opened.base, made))
+            kind = _narrowest(made)
+            found = verdict(opened.base, handle, names, merged, inputs, kind)
             found.require()
     return Merged(
         folder=str(target),
@@ -139,6 +141,19 @@ def merge_files(
         untied=sorted(made.added),
         verdict=found,
     )
+
+
+def _refuse_begun(base: MappedModel, handle: PeftModel) -> None:
+    """Fail where an adapter began with a part of weights that are made only when they are used."""
+    for layer in handle.roster.touched(handle.peft_config):
+        for graft in layer.all_grafts():
+            name = f"{graft.site.path}.{graft.site.tensor_name}"
+            start = getattr(graft.method, "start", None)
+            if name in base.built and getattr(start, "takes_out", False):
+                raise UnsupportedError(
+                    f"{name}: `{graft.adapter}` began with a part of it, and it is stored as "
+                    f"{len(base.built[name].keys)} tensors. {REMEDY}"
+                )
 
 
 def _write(
@@ -180,7 +195,7 @@ def _tokens(opened: _Opened, prompts: Sequence[str]) -> list[list[int]]:
     return [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
 
 
-def _narrowest(base: MappedModel, made: Plan) -> torch.dtype:
+def _narrowest(made: Plan) -> torch.dtype:
     """The coarsest dtype of what was merged, which decides how much rounding there is."""
     kinds = {change.value().dtype for _, changes in made.groups for change in changes}
     floats = [kind for kind in kinds if kind.is_floating_point]

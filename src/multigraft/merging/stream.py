@@ -22,6 +22,7 @@ from multigraft.errors import MergeError, MultigraftError, UnsupportedError
 from multigraft.layer import AdaptedLayer
 from multigraft.merge import merge, unmerge_layer
 from multigraft.merging.base import MappedModel, held
+from multigraft.merging.layout import Built
 from multigraft.merging.output import Output
 from multigraft.roster import Roster
 from multigraft.storage import slot_of
@@ -33,11 +34,18 @@ OnLayer = Callable[[int, int], None]
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """One tensor that merging writes: where it is in the model, and its keys in the new files."""
+    """One tensor that merging writes: where it is in the model, and its keys in the new files.
+
+    Args:
+        path: in the model.
+        built: what it is made of, where that is more than one tensor.
+    """
 
     layer: AdaptedLayer
     name: str
+    path: str
     keys: tuple[str, ...]
+    built: Built | None = None
 
     def value(self) -> Tensor:
         """What the model holds there now."""
@@ -78,7 +86,7 @@ def plan(base: MappedModel, roster: Roster, names: Sequence[str]) -> Plan:
             "the base's. Merge in memory with merge_and_unload(), and save that."
         )
     made = Plan()
-    for layers in _groups(roster.touched(names)):
+    for layers in _groups(base, roster.touched(names)):
         made.groups.append((layers, list(_changes(base, roster, names, layers, made.added))))
     return made
 
@@ -99,18 +107,17 @@ def run(
     different = done = 0
     total = sum(len(layers) for layers, _ in made.groups)
     for layers, changes in made.groups:
-        with _in_memory(changes) as own:
+        with _in_memory(base, changes):
             try:
                 merge(roster, names, safe=True, layers=layers)
             except ValueError as error:
                 if isinstance(error, MultigraftError):
                     raise
                 raise MergeError(f"{layers[0].path}: {error}") from error  # a narrow dtype's range
-            for change, before in zip(changes, own, strict=True):
-                value = change.value()
-                different += not torch.equal(value, before)
-                for key in change.keys:
-                    output.put(key, value)
+            for key, value in _written(base, changes):
+                source = made.added.get(key, key)
+                different += not torch.equal(value, base.weights[source])
+                output.put(key, value)
             for layer in layers:
                 unmerge_layer(layer)
         base.weights.forget()
@@ -120,40 +127,61 @@ def run(
     return different
 
 
-@contextmanager
-def _in_memory(changes: Sequence[Change]) -> Iterator[list[Tensor]]:
-    """Tensors of their own in the place of the mapped ones that change; yields the mapped ones."""
-    mapped: list[Tensor] = []
-    tensors: dict[int, tuple[Tensor, Tensor]] = {}
+def _written(base: MappedModel, changes: Sequence[Change]) -> Iterator[tuple[str, Tensor]]:
+    """What goes into the files, by key, once the model has merged values."""
+    built: dict[int, tuple[Built, dict[str, Tensor]]] = {}
     for change in changes:
-        slot = slot_of(change.layer.base_layer, change.name)
-        tensor = held(slot.layer, slot.name)
-        before = tensors.setdefault(id(tensor), (tensor, tensor.data))[1]
-        mapped.append(before)
-    for tensor, before in tensors.values():
-        tensor.data = before.clone()
+        if change.built is None:
+            yield from ((key, change.value()) for key in change.keys)
+        else:
+            values = built.setdefault(id(change.built), (change.built, {}))[1]
+            values[change.path] = change.value()
+    for whole, values in built.values():
+        for path in whole.shapes.keys() - values.keys():
+            values[path] = base.values_of(path)
+        yield from whole.undo(values).items()
+
+
+@contextmanager
+def _in_memory(base: MappedModel, changes: Sequence[Change]) -> Iterator[None]:
+    """Tensors of their own in the place of the mapped ones that change."""
+    tensors: dict[int, tuple[Tensor, Tensor]] = {}
     try:
-        yield mapped
+        for change in changes:
+            slot = slot_of(change.layer.base_layer, change.name)
+            tensor = held(slot.layer, slot.name)
+            if id(tensor) not in tensors:
+                tensors[id(tensor)] = tensor, tensor.data
+                made = change.built is not None
+                tensor.data = base.values_of(change.path) if made else tensor.data.clone()
+        yield
     finally:
         for tensor, before in tensors.values():
             tensor.data = before
 
 
-def _groups(layers: Sequence[AdaptedLayer]) -> list[list[AdaptedLayer]]:
-    """Layers that share a parameter, together."""
+def _groups(base: MappedModel, layers: Sequence[AdaptedLayer]) -> list[list[AdaptedLayer]]:
+    """Layers that share a parameter, or tensors that theirs are made of, together."""
     group_of: dict[int, list[AdaptedLayer]] = {}
     found: dict[int, list[AdaptedLayer]] = {}
     for layer in layers:
         group = [layer]
-        for parameter in layer.base_layer.parameters():
-            other = group_of.get(id(parameter))
+        for mark in _marks(base, layer):
+            other = group_of.get(mark)
             if other is not None and other is not group:
                 found.pop(id(other), None)
                 group = [*other, *group]
+                group_of |= dict.fromkeys((m for x in other for m in _marks(base, x)), group)
         found[id(group)] = group
-        for member in group:
-            group_of |= {id(p): group for p in member.base_layer.parameters()}
+        group_of |= dict.fromkeys(_marks(base, layer), group)
     return list(found.values())
+
+
+def _marks(base: MappedModel, layer: AdaptedLayer) -> list[int]:
+    """Identities of what a layer's tensors are, or are made of."""
+    found = [id(parameter) for parameter in layer.base_layer.parameters()]
+    paths = (path for mark in found for path in base.paths_of.get(mark, ()))
+    return found + [id(base.built[path]) for path in paths if path in base.built]
 
 
 def _changes(
@@ -176,9 +204,13 @@ def _changes(
     for layer in layers:
         for name in dict.fromkeys(n for graft in incoming[id(layer)] for n in touched(graft)):
             own = _own_paths(base, layer, name)
+            if own[0] in base.built:
+                whole = base.built[own[0]]
+                yield Change(layer, name, own[0], whole.keys, whole)
+                continue
             paths = own if apart.intersection(own) else _same(base, own[0])
             keys = {_key(base, p, added): None for p in paths if p in own or p not in apart}
-            yield Change(layer, name, tuple(keys))
+            yield Change(layer, name, own[0], tuple(keys))
 
 
 def _own_paths(base: MappedModel, layer: AdaptedLayer, name: str) -> list[str]:
