@@ -17,8 +17,9 @@ from multigraft.model import PeftModel
 
 POOLERS = ("pooler", "sequence_summary")
 """Parts of a trunk that stand between it and a head, and that checkpoints without a head lack."""
-HEADS = ("lm_head", "score", "classifier", "pre_classifier", "classification_head", *POOLERS)
-"""What `quantize` leaves as it is: heads that are trained have to be dense."""
+NAMES = ("lm_head", "score", "classifier", "pre_classifier", "classification_head", *POOLERS)
+HEADS = tuple(rf"(\w+\.)?{name}" for name in NAMES)
+"""What `quantize` leaves as it is, as expressions: heads that are trained have to be dense."""
 _MARK = "multigraft_fresh_modules"
 
 
