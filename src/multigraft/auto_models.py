@@ -6,7 +6,7 @@ import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -32,7 +32,7 @@ class AutoPeftModel:
     _peft_class: ClassVar[type[PeftModel]] = PeftModel
     _base_class: ClassVar[str | None] = None
 
-    def __init__(self, *_: Any, **__: Any) -> NoReturn:
+    def __init__(self, *_: Any, **__: Any) -> None:
         raise UnsupportedError(
             f"{type(self).__name__} is made by {type(self).__name__}.from_pretrained(...) only."
         )
