@@ -59,8 +59,8 @@ class PeftModel(PromptFacade, WrappedFacade, HandleFacade, nn.Module):
     ) -> None:
         super().__init__()
         base = base_of(model)
-        self.base_model = Tuner(base)
-        self.config = getattr(base, "config", {"model_type": "custom"})
+        self.base_model: Tuner = Tuner(base)
+        self.config: Any = getattr(base, "config", {"model_type": "custom"})
         self.training = base.training
         if peft_config is not None:
             self.base_model.add_adapter(
