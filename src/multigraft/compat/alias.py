@@ -18,7 +18,7 @@ from importlib.machinery import ModuleSpec
 from os import PathLike
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Any
+from typing import Any, cast
 
 from .tables import MODULES, VERSION, home_of  # relative, so that `child` can load it by itself
 
@@ -34,6 +34,8 @@ class AliasModule(ModuleType):
         own = self.__name__
         if f"{own}.{name}" in MODULES:
             return import_module(f"{own}.{name}")
+        if name == "__all__":
+            return [each for each in names_in(own) if each[0] != "_"]
         if name.startswith("__") or name not in names_in(own):
             raise _absent_attribute(own, name)
         home, there = home_of(name)
@@ -95,7 +97,6 @@ class Alias(importlib.metadata.DistributionFinder):
     def exec_module(self, module: ModuleType) -> None:
         """Give it what every module of PEFT's has at once."""
         module.__dict__["__version__"] = VERSION
-        module.__dict__["__all__"] = [n for n in names_in(module.__name__) if n[0] != "_"]
 
     def find_distributions(self, context: Any = None) -> Iterable[AliasDistribution]:
         """The one distribution, if it is asked for by name or all are."""
@@ -128,7 +129,8 @@ class Alias(importlib.metadata.DistributionFinder):
 def installed() -> Alias | None:
     """The alias of this process, whoever installed it."""
     # By its attribute, as `child` loads this file under a name of its own.
-    return next((f for f in sys.meta_path if getattr(f, "stands_for", "") == STANDS_FOR), None)  # type: ignore[misc]
+    found = [f for f in sys.meta_path if getattr(f, "stands_for", "") == STANDS_FOR]
+    return cast(Alias, found[0]) if found else None
 
 
 def install() -> Alias:

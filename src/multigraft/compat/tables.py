@@ -12,8 +12,6 @@ VERSION = "0.21.2"
 """The version of PEFT whose interface this is; what `importlib.metadata` is told."""
 
 HOMES = {
-    "multigraft.auto": ("get_peft_config", "get_peft_model"),
-    "multigraft.calibration.corda": ("preprocess_corda",),
     "multigraft.combine.intruders": ("reduce_intruder_dimension",),
     "multigraft.compat.conversions": ("build_peft_weight_mapping",),
     "multigraft.compat.pieces": (
@@ -109,7 +107,7 @@ RENAMED = {
 """Names that stand for another one of ours."""
 
 _TASKS = (
-    "PeftMixedModel PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction "
+    "PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction "
     "PeftModelForQuestionAnswering PeftModelForSeq2SeqLM PeftModelForSequenceClassification "
     "PeftModelForTokenClassification"
 )
@@ -119,9 +117,9 @@ _TARGETS = "INCLUDE_LINEAR_LAYERS_SHORTHAND TRANSFORMERS_MODELS_TO_LORA_TARGET_M
 _WRAPPERS = "AuxiliaryTrainingWrapper ModulesToSaveWrapper TrainableTokensWrapper"
 _PREPARED = "cast_mixed_precision_params infer_device prepare_model_for_kbit_training transpose"
 _MAPPINGS = (
-    "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING "
-    "PEFT_TYPE_TO_TUNER_MAPPING"
+    "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_TUNER_MAPPING"
 )
+_PREFIXES = "PEFT_TYPE_TO_PREFIX_MAPPING"
 _LAYER_VERBS = "cast_adapter_dtype delete_adapter set_adapter set_requires_grad"
 _BASES = "Conv1d Conv2d Conv3d Embedding Linear Linear4bit Linear8bitLt ParamWrapper"
 _LORA = (
@@ -149,7 +147,15 @@ _METHODS = {
 _PARTS = ("config", "layer", "model")
 """A method's package and each of these in it show the same names."""
 
-_ALL_METHODS = " ".join(names for names in _METHODS.values())
+_PROMPTS = ("p_tuning", "prefix_tuning", "prompt_tuning")
+"""Methods that act at no layer: only their configs are modules here."""
+
+_ALL_METHODS = " ".join(
+    name
+    for names in _METHODS.values()
+    for name in names.split()
+    if not name.endswith("Layer") and name not in f"{_BASES} CordaConfig factorization"
+)
 
 MODULES = {
     "peft": f"* {_MAPPINGS}",
@@ -163,10 +169,10 @@ MODULES = {
     "peft.functional": f"inject_adapter_in_model {_STATES} {_LAYER_VERBS}",
     "peft.helpers": " ".join((*HOMES["multigraft.helpers"], "find_kappa_target_modules")),
     "peft.import_utils": " ".join(HOMES["multigraft.compat.availability"]),
-    "peft.mapping": f"PeftType get_peft_config inject_adapter_in_model {_MAPPINGS}",
+    "peft.mapping": f"PeftType get_peft_config inject_adapter_in_model {_MAPPINGS} {_PREFIXES}",
     "peft.mapping_func": (
-        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftConfig PeftMixedModel PeftModel get_peft_model "
-        f"{_MAPPINGS}"
+        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PEFT_TYPE_TO_CONFIG_MAPPING PeftConfig PeftMixedModel "
+        f"PeftModel get_peft_model {_PREFIXES}"
     ),
     "peft.mixed_model": "PeftConfig PeftMixedModel",
     "peft.optimizers": " ".join(HOMES["multigraft.optimizers"]),
@@ -175,9 +181,10 @@ MODULES = {
     "peft.optimizers.riemannian": "create_riemannian_optimizer",
     "peft.peft_model": (
         "PeftConfig PeftType TaskType TunerLayerStatus TunerModelStatus get_layer_status "
-        f"get_model_status load_peft_weights {_TASKS} {_STATES} {_MAPPINGS} {_FILES}"
+        "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_TUNER_MAPPING SAFETENSORS_WEIGHTS_NAME "
+        f"WEIGHTS_NAME get_model_status load_peft_weights {_TASKS} {_STATES} {_PREFIXES}"
     ),
-    "peft.tuners": _ALL_METHODS.replace("factorization", ""),
+    "peft.tuners": _ALL_METHODS,
     "peft.tuners.lora.arrow": "ArrowConfig create_arrow_model",
     "peft.tuners.lora.bnb": "Linear4bit Linear8bitLt",
     "peft.tuners.lora.conversion": "convert_to_lora save_as_lora",
@@ -205,7 +212,7 @@ MODULES = {
     "peft.utils.peft_types": "PeftType TaskType",
     "peft.utils.save_and_load": (
         "get_base_model_state_dict load_peft_weights set_base_model_state_dict "
-        f"{_STATES} {_MAPPINGS} {_FILES}"
+        f"PEFT_TYPE_TO_TUNER_MAPPING SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME {_STATES}"
     ),
     "peft.utils.transformers_weight_conversion": " ".join(HOMES["multigraft.compat.conversions"]),
     "peft.utils.warning": "PeftWarning",
@@ -213,7 +220,8 @@ MODULES = {
 """PEFT's modules and the names in each; ``*`` stands for every public name of `multigraft`."""
 
 for _method, _names in _METHODS.items():
-    for _module in (_method, *(f"{_method}.{part}" for part in _PARTS)):
+    _parts = _PARTS[:1] if _method in _PROMPTS else _PARTS
+    for _module in (_method, *(f"{_method}.{part}" for part in _parts)):
         MODULES[f"peft.tuners.{_module}"] = _names
 
 
