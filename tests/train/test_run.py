@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from multigraft import LoHaConfig, LoraConfig, TrainingError
+from multigraft import LoHaConfig, LoraConfig, MultigraftWarning, TrainingError
 from multigraft.train import AdapterJob, Evaluated, Finished, Job, Progress, Recipe, Watch
 from tests.tiny_base import pair_rows, write_lines
 
@@ -197,6 +198,33 @@ def test_an_adapter_that_gets_no_better_stops_and_keeps_its_best(adapters, job, 
     assert outcome.kept_step == min(losses, key=losses.__getitem__) < len(outcome.losses)
     again = ready.entrants[0].held_out.measure(ready.model)["loss"]
     assert again == pytest.approx(losses[outcome.kept_step], rel=1e-5)
+
+
+def test_a_full_disk_costs_checkpoints_and_not_the_run(adapters, job, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("multigraft.train.saves.write_tensors", full)
+    ready = job(adapters(2), save_every=2).prepare()
+    with pytest.warns(MultigraftWarning, match="No space left on device.*Free some space"):
+        outcomes = ready.run()
+    assert all((outcome.folder / WEIGHTS).is_file() for outcome in outcomes)
+    assert not list(Path(ready.job.output, "checkpoints").glob("*"))
+
+
+def test_a_checkpoint_that_cannot_be_read_is_passed_over(adapters, job):
+    chosen = adapters(1, steps=6)
+    whole = job(chosen, "whole").prepare().run()
+    with pytest.raises(KeyboardInterrupt):
+        job(chosen, save_every=2).prepare().run(stop_at(5))
+    folder = Path(job(chosen).output, "checkpoints")
+    newest = max(folder.glob("round-*"))
+    (newest / "state.json").write_text("{")
+    with pytest.warns(MultigraftWarning, match="the checkpoint cannot be read.*passed over"):
+        ready = job(chosen, save_every=2, resume=True).prepare()
+    assert ready.found is not None and ready.found.round < int(newest.name.removeprefix("round-"))
+    (outcome,) = ready.run()
+    assert outcome.losses == whole[0].losses
 
 
 KILLED = """
