@@ -31,9 +31,10 @@ NO_METHOD = "its method is not built"
 HEAD = """# Every public name of PEFT
 
 Printed by `python docs/api_parity.py --write`; a test holds the page to what both packages have.
-Compared with PEFT {version}. Fields of configs are compared by name and default: they stand in
-another order, so give them by name. What a signature here has in addition is optional and not
-listed. What behaves differently is in [coming-from-peft.md](coming-from-peft.md).
+Compared with PEFT {version}: names, members, parameters, their order and their defaults. Fields of
+methods' configs stand in another order, so give them by name. What a signature here has in addition
+is optional and not listed. What behaves differently is in
+[coming-from-peft.md](coming-from-peft.md).
 
 {here} of {total} names are here; {methods} of the others are of methods that are not built.
 """
@@ -90,6 +91,11 @@ def _signature(theirs: Any, ours: Any) -> Iterator[str]:
     if not (callable(theirs) and callable(ours)) or _is_enum(theirs):
         return
     own = _parameters(ours)
+    in_order = _positional(theirs)
+    is_made_by_name = isinstance(ours, type) and _is_config(ours)
+    is_there = set(in_order) <= set(own)  # else what is not there says so below
+    if is_there and not is_made_by_name and in_order != _positional(ours)[: len(in_order)]:
+        yield "in another order"
     for name, parameter in _parameters(theirs).items():
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
@@ -106,6 +112,12 @@ def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
         return dict(inspect.signature(function).parameters)
     except (TypeError, ValueError):
         return {}
+
+
+def _positional(function: Callable[..., Any]) -> list[str]:
+    """Names of the parameters that can be given by place, in order."""
+    by_place = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return [name for name, each in _parameters(function).items() if each.kind in by_place]
 
 
 def _shown(default: Any) -> str:

@@ -8,9 +8,11 @@ import peft
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, models
 
 import multigraft
 from multigraft import ConfigError, UnsupportedError
+from tests.hub_stand_in import running, turn_to
 from tests.tiny_base import write_base
 
 IDS = torch.tensor([[1, 2, 3]])
@@ -41,6 +43,22 @@ def test_base_and_adapter_come_from_the_adapters_files_as_with_peft(
     assert type(ours.get_base_model()) is type(theirs.get_base_model())
     assert not any(p.requires_grad for p in ours.parameters())
     assert torch.equal(ours(IDS)[0], theirs(IDS)[0])
+
+
+@pytest.mark.parametrize("is_remote", [False, True], ids=["local", "hub"])
+def test_tokens_that_the_adapter_brought_along_have_room(
+    is_remote: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(tmp_path)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(1800)}, unk_token="w0"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    with running() as hub:
+        turn_to(hub, tmp_path / "cache", monkeypatch)
+        hub.add("me/poems", folder)
+        source = "me/poems" if is_remote else str(folder)
+        model = multigraft.AutoPeftModelForCausalLM.from_pretrained(source)
+        assert ("me/poems" in str(hub.requests)) == is_remote
+    assert model.get_base_model().get_input_embeddings().weight.shape[0] == 1800
 
 
 def test_another_tasks_class_is_refused(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,8 +13,9 @@ from torch import nn
 from multigraft import tasks
 from multigraft.auto import class_for
 from multigraft.base_notes import settings_in
+from multigraft.checkpoint import locate
 from multigraft.config import PeftConfig
-from multigraft.errors import ConfigError, MissingExtraError, UnsupportedError
+from multigraft.errors import ConfigError, MissingExtraError, SourceError, UnsupportedError
 from multigraft.loading import HUB_OPTIONS, read_config
 from multigraft.model import PeftModel
 
@@ -75,7 +76,7 @@ class AutoPeftModel:
         base = kind.from_pretrained(
             config.base_model_name_or_path, revision=config.revision, **options
         )
-        _fit_vocabulary(base, Path(pretrained_model_name_or_path))
+        _fit_vocabulary(base, pretrained_model_name_or_path, where)
         own = {k: v for k, v in where.items() if k in (*HUB_OPTIONS, *OF_THE_ADAPTER)}
         return cls._peft_class.from_pretrained(
             base,
@@ -114,13 +115,23 @@ class AutoPeftModel:
             raise MissingExtraError(f"the base's class {name} needs {library}.") from error
 
 
-def _fit_vocabulary(base: nn.Module, folder: Path) -> None:
+def _fit_vocabulary(
+    base: nn.Module, source: str | os.PathLike[str], where: Mapping[str, Any]
+) -> None:
     """Make room for the tokens of a tokeniser that lies beside the adapter."""
-    if not (folder / "tokenizer_config.json").is_file():
+    options = {k: v for k, v in where.items() if k in HUB_OPTIONS and v is not None}
+    try:
+        folder = locate(source, "tokenizer_config.json", **options).parent
+    except SourceError:
         return
     from transformers import AutoTokenizer
 
-    size = len(AutoTokenizer.from_pretrained(folder))
+    if not Path(source).is_dir():  # its other files are fetched by whoever knows their names
+        places = ("revision", "token", "cache_dir", "local_files_only")
+        named = {k: v for k, v in options.items() if k in places}
+        size = len(AutoTokenizer.from_pretrained(str(source), **named))
+    else:
+        size = len(AutoTokenizer.from_pretrained(folder))
     words = getattr(base, "get_input_embeddings", lambda: None)()
     if words is not None and size > words.weight.shape[0]:
         base.resize_token_embeddings(size)  # type: ignore[operator]

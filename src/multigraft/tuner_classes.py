@@ -8,7 +8,7 @@ that method is ``isinstance(model.base_model, LoraModel)``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -90,6 +90,15 @@ class AdaLoraModel(LoraModel):
     methods = frozenset({"ADALORA"})
     target_module_mapping = METHODS["ADALORA"].default_targets
     tuner_layer_cls = kinds.AdaLoraLayer
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: PeftConfig | Mapping[str, PeftConfig],
+        adapter_name: str = "default",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, config, adapter_name, **kwargs)
 
 
 class HiraModel(MethodTuner):

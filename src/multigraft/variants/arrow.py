@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -54,8 +54,8 @@ class ArrowConfig:
     top_k: int = 3
     router_temperature: float = 1.0
     use_gks: bool = False
-    task_adapter_names: list[str] | None = None
-    gks_adapter_names: list[str] | None = None
+    task_adapter_names: list[str] | None = field(default=None, kw_only=True)
+    gks_adapter_names: list[str] | None = field(default=None, kw_only=True)
     rng_seed: int | None = None
 
     def __post_init__(self) -> None:
