@@ -34,6 +34,7 @@ FOUNDATIONS = {
     ),
     "reading": ("errors",),
     "site": ("bases", "storage"),
+    "whole": ("errors", "registry"),
 }
 """What every layer may import, and all that each of these may import itself: none reaches the
 wrapper or the model. `defaults` is a table of names by architecture, data and one look-up, which a

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from multigraft.bases import HOSTS, Geometry
-from multigraft.storage import Storage, storage_of
+from multigraft.storage import Storage, slot_of
 
 
 @dataclass(eq=False)
@@ -65,7 +65,7 @@ class Site:
         if key in self.kept:
             return self.storage.read_kept(self.layer, self.kept[key], name)
         # Asked anew: the model may be sharded since, and its parts be together for one call.
-        return storage_of(self.layer, name).read(self.layer, name)
+        return slot_of(self.layer, name).read()
 
     @property
     def tensor_name(self) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from multigraft.storage.contract import STORAGES, Storage
+from multigraft.whole import is_kept_by_deepspeed
 
 NARROW = frozenset({torch.float16, torch.float8_e4m3fn, torch.float8_e5m2})
 """Dtypes that a merged weight could leave; bfloat16 has float32's range."""
@@ -38,6 +39,11 @@ class Dense(Storage):
         return None
 
     def copy_refusal(self, layer: nn.Module) -> str | None:
+        if any(map(is_kept_by_deepspeed, layer.parameters())):
+            return (
+                "is one of DeepSpeed's (ZeRO-3), of which each process has a part; attach the "
+                "adapter before the model is partitioned, or adapt it with `target_modules`"
+            )
         narrow = [t.dtype for t in layer.parameters() if t.dtype.itemsize == 1]
         if not narrow:
             return None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from multigraft.storage.contract import STORAGES, Storage
+from multigraft.whole import fill, whole
 
 
 class Sharded(Storage):
@@ -34,24 +35,18 @@ class Sharded(Storage):
         )
 
     def read(self, layer: nn.Module, name: str = "weight") -> Tensor:
-        return _whole(_tensor(layer, name))
+        return whole(_tensor(layer, name).detach())
 
     def write(self, layer: nn.Module, value: Tensor, name: str = "weight") -> None:
-        from torch.distributed.tensor import distribute_tensor
-
-        own: Any = _tensor(layer, name)
-        # The values are the same on all processes: nothing needs to be sent.
-        part: Any = distribute_tensor(
-            value.to(own.dtype), own.device_mesh, own.placements, src_data_rank=None
-        )
-        with torch.no_grad():
-            own.to_local().copy_(part.to_local())
+        # The values are the same on all processes: nothing is sent.
+        fill(_tensor(layer, name), value)
 
     def keep(self, layer: nn.Module, name: str = "weight") -> Any:
         return _tensor(layer, name).detach().clone()
 
     def read_kept(self, layer: nn.Module, kept: Any, name: str = "weight") -> Tensor:
-        return _whole(kept)
+        joined: Tensor = whole(kept)
+        return joined
 
     def give_back(self, layer: nn.Module, kept: Any, name: str = "weight") -> None:
         own: Any = _tensor(layer, name)
@@ -75,8 +70,3 @@ def _tensor(layer: nn.Module, name: str) -> Tensor:
     tensor = layer._parameters.get(name)
     assert tensor is not None, "this storage was found by the tensor's type"
     return tensor
-
-
-def _whole(tensor: Any) -> Tensor:
-    whole: Tensor = tensor.detach().full_tensor()
-    return whole

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from multigraft.storage.contract import Storage
+from multigraft.whole import gathered, is_kept_by_deepspeed
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,19 +37,23 @@ class Slot:
 
     def read(self) -> Tensor:
         """The dense values."""
-        return self.storage.read(self.layer, self.name)
+        with gathered(self._kept()):
+            value = self.storage.read(self.layer, self.name)
+            return value.clone() if self._kept() else value
 
     def write(self, value: Tensor) -> None:
         """Store ``value``, rounded to the format."""
-        self.storage.write(self.layer, value, self.name)
+        with gathered(self._kept(), writes=True):
+            self.storage.write(self.layer, value, self.name)
 
     def in_place(self) -> Tensor | None:
         """The tensor itself, where storing is nothing but copying into it."""
-        return self.storage.in_place(self.layer, self.name)
+        return None if self._kept() else self.storage.in_place(self.layer, self.name)
 
     def keep(self) -> Any:
         """What restores the stored bits."""
-        return self.storage.keep(self.layer, self.name)
+        with gathered(self._kept()):
+            return self.storage.keep(self.layer, self.name)
 
     def read_kept(self, kept: Any) -> Tensor:
         """What `read` gave when ``kept`` was kept."""
@@ -56,4 +61,10 @@ class Slot:
 
     def give_back(self, kept: Any) -> None:
         """Restore exactly what `keep` saw."""
-        self.storage.give_back(self.layer, kept, self.name)
+        with gathered(self._kept(), writes=True):
+            self.storage.give_back(self.layer, kept, self.name)
+
+    def _kept(self) -> list[Tensor]:
+        """The tensor, if DeepSpeed keeps it and must be asked for its values."""
+        held = self.layer._parameters.get(self.name)
+        return [held] if held is not None and is_kept_by_deepspeed(held) else []
