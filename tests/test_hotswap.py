@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from multigraft import (
     get_peft_model,
 )
 from multigraft.hotswap import (
+    check_hotswap_configs_compatible,
     hotswap_adapter,
     hotswap_adapter_from_state_dict,
     prepare_model_for_compiled_hotswap,
@@ -325,3 +327,20 @@ def test_a_tied_pair_is_swapped_in_both_its_uses(tmp_path: Path):
     hotswap_adapter(model, tmp_path / "4", "default")
     other = PeftModel.from_pretrained(tied(), tmp_path / "4").eval()
     torch.testing.assert_close(output(model, inputs(model)), output(other, inputs(model)))
+
+
+def test_tensors_under_names_with_the_adapters_are_swapped_in_as_well(folder: Path):
+    model, other = loaded(folder / "first"), loaded(folder / "larger")
+    state = multigraft.get_peft_model_state_dict(other)
+    named = {re.sub(r"(lora_[AB])", r"\1.default", key): value for key, value in state.items()}
+    hotswap_adapter_from_state_dict(model, named, "default", other.peft_config["default"])
+    torch.testing.assert_close(output(model, inputs(model)), output(other, inputs(model)))
+
+
+def test_configs_of_which_one_cannot_take_the_others_place_are_told_apart():
+    lora, dora = LoraConfig(r=2), LoraConfig(r=8, use_dora=True)
+    check_hotswap_configs_compatible(lora, LoraConfig(r=8, use_rslora=True))
+    with pytest.raises(UnsupportedError, match="`use_dora` is False in one config and True"):
+        check_hotswap_configs_compatible(lora, dora)
+    with pytest.raises(UnsupportedError, match="one of the configs is IA3"):
+        check_hotswap_configs_compatible(lora, multigraft.IA3Config())

@@ -42,10 +42,13 @@ EMBEDDING_LAYER_NAMES = ["embed_tokens", "lm_head"]
 INCLUDE_LINEAR_LAYERS_SHORTHAND = "all-linear"
 WEIGHTS_NAME = PICKLE_NAME
 TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = dict(LORA_TARGETS)
+_PREFIXES = {"LN_TUNING": "ln_tuning_", "VERA": "vera_lambda_"}
 PEFT_TYPE_TO_PREFIX_MAPPING = {
-    kind: METHODS[str(kind)].prefix for kind in PeftType if str(kind) in METHODS
+    kind: _PREFIXES.get(str(kind), METHODS[str(kind)].prefix)
+    for kind in PeftType
+    if str(kind) in METHODS
 }
-"""How the names of a method's tensors begin."""
+"""How the names of a method's tensors begin; two methods are told apart more closely here."""
 factorization = split
 """Two factors of a size, as near to each other as they go; LoKr's."""
 
