@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 
-from multigraft.errors import AdapterNameError, CheckpointError, ConfigError
+from multigraft.errors import AdapterNameError, CheckpointError, ConfigError, MultigraftWarning
 from multigraft.generation import (
     BASE,
     Ensemble,
@@ -71,7 +75,7 @@ def test_half_a_character_waits_for_its_rest(ensemble: Ensemble):
 
     text = "naïve ☃, 漢字 and 🦎"
     pieces: list[str] = []
-    stream = Stream(ensemble.tokenizer, {0}, 1, lambda row, piece: pieces.append(piece))
+    stream = Stream([ensemble.tokenizer], {0}, lambda row, piece: pieces.append(piece))
     stream.put(torch.zeros(1, 3))
     for token in ensemble.tokenizer(text)["input_ids"]:
         stream.put(torch.tensor([token]))
@@ -121,3 +125,48 @@ def test_a_base_alone_answers(base_dir):
     alone = load_ensemble([], base=base_dir)
     assert alone.adapters == []
     assert next(write(alone, PROMPTS[:1], [BASE], SHORT)).text
+
+
+def with_tokenizer(folder: Path, base_dir: Path, template: str | None, eos: str | None = None):
+    """Put the base's tokeniser beside an adapter, with another template and another end."""
+    settings = json.loads((base_dir / "tokenizer_config.json").read_text())
+    settings["chat_template"] = template
+    settings |= {"eos_token": eos} if eos else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    shutil.copy(base_dir / "tokenizer.json", folder / "tokenizer.json")
+
+
+def test_each_adapter_is_asked_by_the_template_beside_it(base_dir: Path, adapters, tmp_path: Path):
+    places = [Path(shutil.copytree(adapters[n], tmp_path / n)) for n in ("first", "second")]
+    template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
+    with_tokenizer(places[0], base_dir, template, eos="<|pad|>")
+    both = load_ensemble(places, base=base_dir)
+    decode = both.tokenizer.decode
+    asked = {n: decode(PROMPTS[0].ids(both.tokenizer_of(n))) for n in ("first", "second")}
+    assert asked == {"first": "<Input: 3>", "second": "Input: Input: 3\nOutput:\n"}
+    found = {w.speaker: w.text for w in write(both, PROMPTS[:1], both.adapters, SHORT)}
+    plain = load_ensemble(list(map(str, [adapters["first"], adapters["second"]])), base=base_dir)
+    wanted = [w.text for w in write(plain, PROMPTS[:1], ["second"], SHORT)]
+    assert found["second"] == wanted[0]
+    raw = Prompt.of("<Input: 3>")
+    assert found["first"] == next(write(plain, [raw], ["first"], SHORT, raw=True)).text
+    assert both.common_tokenizer is both.tokenizer  # they differ
+    with_tokenizer(places[1], base_dir, template)
+    assert load_ensemble(places, base=base_dir).common_tokenizer.chat_template == template
+    (places[1] / "tokenizer_config.json").write_text("{")
+    with pytest.warns(MultigraftWarning, match="beside the adapter cannot be read"):
+        assert set(load_ensemble(places, base=base_dir).own) == {"first"}
+
+
+def test_an_adapter_with_tokens_of_its_own_gets_room_for_them(base_dir: Path, tmp_path: Path):
+    from multigraft import LoraConfig, get_peft_model
+    from multigraft.train import load_model
+
+    model = load_model(base_dir)
+    model.resize_token_embeddings(1800)
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    get_peft_model(model, config).save_pretrained(tmp_path / "new")
+    with pytest.warns(MultigraftWarning, match=r"`new` has a vocabulary of 1,800.*from 1,792"):
+        found = load_ensemble([tmp_path / "new"], base=base_dir)
+    assert found.model.get_base_model().config.vocab_size == 1800
+    assert len(list(write(found, PROMPTS[:1], ["new", BASE], SHORT))) == 2

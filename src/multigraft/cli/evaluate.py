@@ -69,7 +69,7 @@ def evaluate(
         )
         loaded = load_data(
             data,
-            ensemble.tokenizer,
+            ensemble.common_tokenizer,
             min(max_length, ensemble.longest or max_length),
             format=format,
             on_bad_line=on_bad_line,

@@ -50,7 +50,7 @@ class Conversation:
         for name in self.speakers:
             asked[name] = [*self.history(name), _turn("user", text)]
             prompt = Prompt((*system, *asked[name]))
-            rows.append(Row(self.count, prompt.ids(self.ensemble.tokenizer), name))
+            rows.append(Row(self.count, prompt.ids(self.ensemble.tokenizer_of(name)), name))
         answers = write_rows(self.ensemble, rows, self.sampling, on_text=on_text)
         for answer in answers:
             own = asked[answer.speaker]

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from multigraft.errors import AdapterNameError, CheckpointError, RoutingError, did_you_mean
-from multigraft.inspection import assemble
+from multigraft.errors import (
+    AdapterNameError,
+    CheckpointError,
+    MultigraftWarning,
+    RoutingError,
+    did_you_mean,
+)
+from multigraft.inspection import AdapterFiles, assemble
 from multigraft.model import PeftModel
 from multigraft.routing import BASE as BASE
 from multigraft.train import load_model, load_tokenizer
 from multigraft.train.tasks import Task
+from multigraft.vocabulary import fit_vocabulary
 
 Pathlike = str | os.PathLike[str]
+TOKENIZER = "tokenizer_config.json"
 
 
 @dataclass(eq=False)
@@ -30,16 +40,31 @@ class Ensemble:
         model: with all of them.
         tokenizer: the base's.
         base: where the base came from.
+        own: tokenisers of adapters that have one beside them, by name.
     """
 
     model: PeftModel
     tokenizer: Any
     base: str = ""
+    own: dict[str, Any] = field(default_factory=dict)
 
     @property
     def adapters(self) -> list[str]:
         """Names of the adapters, in the order in which they were given."""
         return list(self.model.peft_config)
+
+    def tokenizer_of(self, speaker: str) -> Any:
+        """The tokeniser, with its chat template, that a speaker was trained with."""
+        return self.own.get(speaker, self.tokenizer)
+
+    @property
+    def common_tokenizer(self) -> Any:
+        """The one tokeniser for all: the adapters', where they have the same; else the base's."""
+        found = list(self.own.values())
+        templates = {getattr(each, "chat_template", None) for each in found}
+        if not found or len(found) < len(self.adapters) or len(templates) > 1:
+            return self.tokenizer
+        return found[0]
 
     @cached_property
     def device(self) -> torch.device:
@@ -134,6 +159,30 @@ def load_ensemble(
         load_as = load_model if task is None else task.load
         return load_as(source, dtype=dtype, device=device, quantize=quantize)
 
-    model = assemble(list(adapters), load, base=base, allow_pickle=allow_pickle)
+    own: dict[str, Any] = {}
+
+    def prepare(model: nn.Module, named: Mapping[str, AdapterFiles]) -> None:
+        fit_vocabulary(model, named.values())
+        own.update({n: t for n, files in named.items() if (t := _own_tokenizer(files.folder))})
+
+    model = assemble(list(adapters), load, base=base, allow_pickle=allow_pickle, prepare=prepare)
     handle = model if isinstance(model, PeftModel) else PeftModel(model, None)
-    return Ensemble(handle.eval(), load_tokenizer(sources[0]), sources[0])
+    return Ensemble(handle.eval(), load_tokenizer(sources[0]), sources[0], own)
+
+
+def _own_tokenizer(folder: Path) -> Any:
+    """The tokeniser beside an adapter; None where there is none, or none that can be read."""
+    if not (folder / TOKENIZER).is_file():
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder))
+    except Exception as error:  # whatever a tokeniser's files trip over
+        warnings.warn(
+            f"{folder}: the tokeniser beside the adapter cannot be read ({error}); the base's is "
+            "used.",
+            MultigraftWarning,
+            stacklevel=2,
+        )
+        return None

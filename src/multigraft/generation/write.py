@@ -80,7 +80,9 @@ def write(
     each = max(1, batch_size // max(1, len(speakers)))
     for start in range(0, len(prompts), each):
         rows = [
-            Row(first + start + number, prompt.ids(ensemble.tokenizer, raw=raw), speaker)
+            Row(
+                first + start + number, prompt.ids(ensemble.tokenizer_of(speaker), raw=raw), speaker
+            )
             for number, prompt in enumerate(prompts[start : start + each])
             for speaker in speakers
         ]
@@ -104,12 +106,13 @@ def write_rows(
     """
     companies = ensemble.companies(list(dict.fromkeys(row.speaker for row in rows)))
     company_of = {name: n for n, company in enumerate(companies) for name in company}
-    together: dict[tuple[int, int], list[int]] = {}
-    for n, row in enumerate(rows):  # one that is near the model's end must not cut others short
+    together: dict[tuple[int, int, frozenset[int]], list[int]] = {}
+    for n, row in enumerate(rows):  # what ends one, the model's last position too, must not end all
         limit = _limit(ensemble, row, sampling)
-        together.setdefault((company_of[row.speaker], limit), []).append(n)
+        ends = frozenset(_ends(ensemble, row.speaker))
+        together.setdefault((company_of[row.speaker], limit, ends), []).append(n)
     found: dict[int, Written] = {}
-    for (_, limit), places in together.items():
+    for (_, limit, _), places in together.items():
         for at in range(0, len(places), batch_size):
             part = places[at : at + batch_size]
             tell = None if on_text is None else _renumbered(on_text, part)
@@ -131,12 +134,12 @@ def _batch(
     is_alone = len(set(names)) == 1
     with ensemble.alone(names[0]) if is_alone else nullcontext():
         out = _generate(ensemble, rows, None if is_alone else names, sampling, on_text)
-    ends, tokenizer = _ends(ensemble), ensemble.tokenizer
+    ends = _ends(ensemble, names[0])
     written = []
     for row, ids in zip(rows, out, strict=True):
         end = next((n for n, token in enumerate(ids) if token in ends), None)
         own = ids if end is None else ids[:end]
-        text = tokenizer.decode(own, skip_special_tokens=True)
+        text = ensemble.tokenizer_of(row.speaker).decode(own, skip_special_tokens=True)
         count = len(own) + (end is not None)
         written.append(Written(row.prompt, row.speaker, text, count, end is not None))
     return written
@@ -151,17 +154,18 @@ def _generate(
 ) -> list[list[int]]:
     from transformers import GenerationConfig, LogitsProcessorList
 
-    pad = pad_token(ensemble.tokenizer)
+    pad, ends = pad_token(ensemble.tokenizer), _ends(ensemble, rows[0].speaker)
     ids, mask = left_padded([row.ids for row in rows], pad)
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=sampling.max_new_tokens,
-        eos_token_id=sorted(_ends(ensemble)) or None,
+        eos_token_id=sorted(ends) or None,
         pad_token_id=pad,
     )
     more: dict[str, Any] = {} if names is None else {"adapter_names": list(names)}
     if on_text is not None:
-        more["streamer"] = Stream(ensemble.tokenizer, _ends(ensemble), len(rows), on_text)
+        tokenizers = [ensemble.tokenizer_of(row.speaker) for row in rows]
+        more["streamer"] = Stream(tokenizers, ends, on_text)
     with torch.inference_mode():
         out: Tensor = ensemble.model.generate(
             input_ids=ids.to(ensemble.device),
@@ -174,12 +178,13 @@ def _generate(
     return found
 
 
-def _ends(ensemble: Ensemble) -> set[int]:
-    """Tokens that end an answer, by the model's own settings or the tokeniser's."""
+def _ends(ensemble: Ensemble, speaker: str) -> set[int]:
+    """Tokens that end an answer, by the model's own settings or the speaker's tokeniser."""
     own = getattr(ensemble.model.get_base_model(), "generation_config", None)
     ends = getattr(own, "eos_token_id", None)
     found = set(ends) if isinstance(ends, (list, tuple)) else {ends}
-    return {int(token) for token in (*found, ensemble.tokenizer.eos_token_id) if token is not None}
+    own_end = ensemble.tokenizer_of(speaker).eos_token_id
+    return {int(token) for token in (*found, own_end) if token is not None}
 
 
 def _limit(ensemble: Ensemble, row: Row, sampling: Sampling) -> int:
@@ -202,8 +207,9 @@ def _limit(ensemble: Ensemble, row: Row, sampling: Sampling) -> int:
 class Stream:
     """What transformers' `generate` tells of the tokens of each step, as text row by row."""
 
-    def __init__(self, tokenizer: Any, ends: set[int], rows: int, on_text: OnText) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizers: Sequence[Any], ends: set[int], on_text: OnText) -> None:
+        rows = len(tokenizers)
+        self.tokenizers = tokenizers
         self.ends = ends
         self.on_text = on_text
         self.ids: list[list[int]] = [[] for _ in range(rows)]
@@ -231,7 +237,7 @@ class Stream:
                 self._tell(row, is_last=True)
 
     def _tell(self, row: int, *, is_last: bool) -> None:
-        text = self.tokenizer.decode(self.ids[row], skip_special_tokens=True)
+        text = self.tokenizers[row].decode(self.ids[row], skip_special_tokens=True)
         if text.endswith(UNFINISHED) and not is_last:
             return  # the rest of the character comes with the next token
         fresh = text[len(self.said[row]) :]

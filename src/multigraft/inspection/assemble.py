@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -21,6 +21,7 @@ def assemble(
     *,
     base: str | os.PathLike[str] | None = None,
     allow_pickle: bool = False,
+    prepare: Callable[[nn.Module, Mapping[str, AdapterFiles]], None] | None = None,
 ) -> nn.Module:
     """A base model with the adapters in these places side by side.
 
@@ -28,6 +29,7 @@ def assemble(
         places: directories of adapters, or ids on the hub; one may be the base model itself.
         load: makes the base model of its directory or id.
         base: the base model; by default the one in ``places``, or the one that the adapters name.
+        prepare: is given the base and the adapters by name before any is attached.
 
     Raises:
         CheckpointError: no base is given or named, or an adapter does not fit it.
@@ -40,9 +42,11 @@ def assemble(
         raise CheckpointError(f"{bases[0]} and {bases[1]} are both base models. Give one of them.")
     found = read_adapters(adapters, allow_pickle=allow_pickle) if adapters else []
     model = load(os.fspath(bases[0]) if bases else _base_of(found))
+    named = {_usable(files.name, number): files for number, files in enumerate(found, start=1)}
+    if prepare is not None:
+        prepare(model, named)
     handle: PeftModel | None = None
-    for number, files in enumerate(found, start=1):
-        name = _usable(files.name, number)
+    for name, files in named.items():
         if handle is None:
             handle = PeftModel.from_pretrained(
                 model, files.folder, adapter_name=name, allow_pickle=allow_pickle

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from multigraft.errors import CheckpointError, MissingExtraError, UnsupportedError, listed
+from multigraft.inspection import AdapterFiles
 from multigraft.merging.layout import REMEDY, Built, layout_of
 from multigraft.merging.mapped import MappedWeights
 from multigraft.train import load_skeleton
+from multigraft.vocabulary import embeddings_of, fit_vocabulary
 
 CONFIG = "config.json"
 FETCHED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*")
@@ -35,6 +38,7 @@ class MappedModel:
         built: paths of what is made of several tensors of the files; the model has zeros there,
             which take no memory, until `values_of` is put in.
         places: every path to the module that holds the tensor, and its name there.
+        resized: paths of embeddings that have another size than in the files, and are in memory.
     """
 
     folder: Path
@@ -44,11 +48,20 @@ class MappedModel:
     stored: frozenset[str] = frozenset()
     built: dict[str, Built] = field(default_factory=dict)
     places: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
+    resized: list[str] = field(default_factory=list)
 
     @property
     def config(self) -> dict[str, Any]:
         """Its ``config.json``."""
         return read_json(self.folder / CONFIG)
+
+    def fit(self, adapters: Iterable[AdapterFiles]) -> None:
+        """Give the embeddings room for the vocabulary of these adapters, before any is attached."""
+        if fit_vocabulary(self.model, adapters) is None:
+            return
+        for path, module in embeddings_of(self.model).items():
+            self.resized.append(f"{path}.weight")
+            self.places[f"{path}.weight"] = module, "weight"
 
     def values_of(self, path: str) -> Tensor:
         """What stands at this path, made of the files' tensors where it is `built`."""

@@ -54,6 +54,16 @@ def untie(folder: Path) -> None:
     (folder / CONFIG).write_text(text, encoding="utf-8")
 
 
+def resize(folder: Path, rows: int) -> None:
+    """Let the config say how many tokens there are."""
+    values = read_json(folder / CONFIG)
+    for part in [values, *values.values()]:
+        if isinstance(part, dict) and "vocab_size" in part:
+            part["vocab_size"] = rows
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+
+
 def write_card(folder: Path, base: str, adapters: Sequence[str]) -> None:
     """A model card that says what was merged into what."""
     lines = ["---", f"base_model: {base}", "library_name: transformers", "tags:", "- multigraft"]

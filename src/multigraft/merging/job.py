@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from multigraft.errors import CheckpointError, ConfigError, MergeError, UnsupportedError
-from multigraft.inspection import assemble
+from multigraft.inspection import AdapterFiles, assemble
 from multigraft.merging import companions
-from multigraft.merging.base import MappedModel, local_folder, open_base
+from multigraft.merging.base import MappedModel, held, local_folder, open_base
 from multigraft.merging.check import Verdict, inputs_for, verdict
 from multigraft.merging.layout import REMEDY
 from multigraft.merging.output import Output
 from multigraft.merging.staging import new_folder, require_free, require_space
-from multigraft.merging.stream import OnLayer, Plan, plan, run
+from multigraft.merging.stream import OnLayer, Plan, plan, resized_values, run
 from multigraft.model import PeftModel
 from multigraft.train import load_tokenizer
 
@@ -73,6 +73,10 @@ class _Opened:
         self.base.model.name_or_path = source  # type: ignore[assignment]
         return self.base.model
 
+    def prepare(self, _: nn.Module, named: Mapping[str, AdapterFiles]) -> None:
+        assert self.base is not None, "the base was loaded before"
+        self.base.fit(named.values())
+
 
 def merge_files(
     adapters: Sequence[Pathlike],
@@ -111,7 +115,13 @@ def merge_files(
     target = Path(output).expanduser()
     require_free(target, overwrite=overwrite)
     opened = _Opened()
-    handle = assemble(list(adapters), opened.load, base=base, allow_pickle=allow_pickle)
+    handle = assemble(
+        list(adapters),
+        opened.load,
+        base=base,
+        allow_pickle=allow_pickle,
+        prepare=opened.prepare,
+    )
     if not isinstance(handle, PeftModel) or opened.base is None:
         raise CheckpointError("no adapter was named, so there is nothing to merge.")
     handle.eval()
@@ -166,12 +176,17 @@ def _write(
     on_layer: OnLayer | None,
 ) -> tuple[int, int]:
     """Fill the folder; bytes of the weights, and how many tensors differ from the base's."""
-    output = Output(stage, base.weights, made.added)
+    sizes = {base.names[path]: tuple(held(*base.places[path]).shape) for path in base.resized}
+    output, resized = Output(stage, base.weights, made.added, sizes), resized_values(base, made)
     require_space(stage, output.size + sum(path.stat().st_size for path in files.values()))
-    output.begin(made.keys)
+    output.begin([*made.keys, *resized])
     different = run(base, handle.roster, names, made, output, on_layer)
+    for key, value in resized.items():
+        output.put(key, value)
     output.end()
     companions.copy(files, stage)
+    if sizes:
+        companions.resize(stage, next(iter(sizes.values()))[0])
     if made.added:
         companions.untie(stage)
     if not different:

@@ -7,6 +7,7 @@ tensor waits in memory for others.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -50,11 +51,14 @@ class Output:
         base: the base's weights; the new files have its files' names, dtypes and order.
         added: further keys to the base's key whose values they start from; each goes into the file
             that holds that one.
+        reshaped: the base's keys to new shapes; those that start from them have these as well, and
+            all of them must be `put`.
     """
 
     folder: Path
     base: MappedWeights
     added: Mapping[str, str] = field(default_factory=dict)
+    reshaped: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     files: dict[str, dict[str, Entry]] = field(default_factory=dict)
     where: dict[str, str] = field(default_factory=dict)
     headers: dict[str, bytes] = field(default_factory=dict)
@@ -65,7 +69,9 @@ class Output:
         for key, source in sources.items():
             name = self.base.where[source]
             info = self.base.info(source)
-            entry = Entry(info.dtype, info.shape, source, end=info.end - info.start)
+            shape = self.reshaped.get(source, info.shape)
+            size = math.prod(shape) * info.dtype.itemsize
+            entry = Entry(info.dtype, shape, source, end=size)
             self.files[name][key] = entry
             self.where[key] = name
         for name, file in self.base.files.items():

@@ -127,6 +127,13 @@ def run(
     return different
 
 
+def resized_values(base: MappedModel, made: Plan) -> dict[str, Tensor]:
+    """Values of resized embeddings by key, of those that nothing is merged into."""
+    changed = set(made.keys)
+    found = {_key(base, path, made.added): held(*base.places[path]) for path in base.resized}
+    return {key: value.detach() for key, value in found.items() if key not in changed}
+
+
 def _written(base: MappedModel, changes: Sequence[Change]) -> Iterator[tuple[str, Tensor]]:
     """What goes into the files, by key, once the model has merged values."""
     built: dict[int, tuple[Built, dict[str, Tensor]]] = {}

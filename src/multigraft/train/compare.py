@@ -101,7 +101,7 @@ def mean_losses(
     batch_size: int,
 ) -> dict[str, float]:
     """The mean loss of each speaker over all examples."""
-    pad, model = pad_token(ensemble.tokenizer), ensemble.model
+    pad, model = pad_token(ensemble.common_tokenizer), ensemble.model
     totals = dict.fromkeys(speakers, 0.0)
     counts = dict.fromkeys(speakers, 0)
     model.eval()
@@ -130,7 +130,7 @@ def exact_matches(
     asked = [record for record in records if isinstance(record, Pair | Chat)]
     if not asked:
         return {}
-    prompts = [prompt_ids(record, ensemble.tokenizer) for record in asked]
+    prompts = [prompt_ids(record, ensemble.common_tokenizer) for record in asked]
     most = ensemble.longest
     fits = [n for n, ids in enumerate(prompts) if ids and (most is None or len(ids) < most)]
     fits.sort(key=lambda n: len(prompts[n]))  # rows of like length share batches
@@ -163,7 +163,7 @@ def _losses(
 def _measures(
     ensemble: Ensemble, examples: Sequence[Any], speaker: str, task: Task, batch_size: int
 ) -> dict[str, float]:
-    pad = pad_token(ensemble.tokenizer)
+    pad = pad_token(ensemble.common_tokenizer)
     with ensemble.alone(speaker):
         return task.measures(ensemble.model, examples, pad=pad, batch_size=batch_size)
 
