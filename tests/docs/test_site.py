@@ -24,6 +24,8 @@ import multigraft
 from multigraft.cli.app import app
 from tests.docs import page
 
+pytestmark = pytest.mark.slow
+
 ROOT = page.DOCS.parent
 VOID = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
 

@@ -70,14 +70,17 @@ class Browser:
                     raise RuntimeError(f"{method}: {found['error']}")
                 return found["result"]
 
-    def open(self, path: Path, *, dark: bool = False, width: int = 1200, height: int = 900) -> None:
-        """Open a file in a window of this size, and wait until it is loaded."""
+    def open(
+        self, what: Path | str, *, dark: bool = False, width: int = 1200, height: int = 900
+    ) -> None:
+        """Open a file, or an address, in a window of this size, and wait until it is loaded."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         self._loaded = False
-        self.call("Page.navigate", url=path.resolve().as_uri())
+        url = what if isinstance(what, str) else what.resolve().as_uri()
+        self.call("Page.navigate", url=url)
         while not self._loaded:
             self._next()
 
