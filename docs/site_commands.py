@@ -25,7 +25,7 @@ def verbs(group: Any) -> Iterator[str]:
         yield f"## {name}"
         yield from (part.strip() for part in (command.help or "").split("\n\n"))
         rows = [option(parameter) for parameter in command.params if not parameter.hidden]
-        yield "\n".join(["| | | |", "| --- | --- | --- |", *rows])
+        yield "\n".join(["| option | what it means | default |", "| --- | --- | --- |", *rows])
 
 
 def option(parameter: Any) -> str:
