@@ -274,6 +274,11 @@ def _(library, folder):
     return (folder / WEIGHTS).read_bytes() == before
 
 
-@row("`push_to_hub`", peft=True, ours=False)
+@row("`get_base_model().save_pretrained()`", peft=False, ours=True)
 def _(library, folder):
-    return hasattr(library.PeftModel, "push_to_hub")
+    base = build(llama)
+    base.save_pretrained(folder / "before")
+    options = library.LoraConfig(r=2, target_modules=["q_proj"])
+    library.get_peft_model(base, options).get_base_model().save_pretrained(folder / "after")
+    before, after = (load_file(folder / name / "model.safetensors") for name in ("before", "after"))
+    return before.keys() == after.keys()
