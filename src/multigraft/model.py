@@ -62,6 +62,8 @@ class PeftModel(PromptFacade, WrappedFacade, HandleFacade, nn.Module):
         self.base_model: Tuner = Tuner(base)
         self.config: Any = getattr(base, "config", {"model_type": "custom"})
         self.training = base.training
+        if not self.roster.configs:
+            self.roster.in_place = False
         if peft_config is not None:
             self.base_model.add_adapter(
                 adapter_name,

@@ -87,6 +87,8 @@ class Roster:
         """Adapted layers of one parent, by its path."""
         self.thawed: list[nn.Parameter] = []
         """Base parameters that were trainable before the first adapter froze the base."""
+        self.in_place = True
+        """Whether the model itself was adapted, rather than by a handle that saves its adapters."""
         self.averaged: frozenset[str] | None = None
         """Adapters whose gradients a wrapper around the model averages over processes, if any."""
 

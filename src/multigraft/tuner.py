@@ -378,7 +378,10 @@ def inject_adapter_in_model(
             f"{kind} changes what the model is given, at a handle around it: there is "
             "nothing to inject. Use get_peft_model()."
         )
-    Tuner(base).add_adapter(
+    tuner = Tuner(base)
+    if not tuner.roster.configs:
+        tuner.roster.in_place = True
+    tuner.add_adapter(
         adapter_name,
         targeted_by(peft_config, base, state_dict),
         autocast_adapter_dtype=False,

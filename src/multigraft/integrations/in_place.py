@@ -3,6 +3,9 @@
 `PreTrainedModel` has methods of its own for adapters, which look for PEFT's layers, and a flag by
 which it saves adapters rather than itself. While a model has our adapters, the model object itself
 carries the flag and methods of the same names that mean ours; its class stays as it is.
+
+A model that a handle adapted (`get_peft_model`) is saved by the handle: there the base's own
+`save_pretrained` means the base, without adapters and under its own names.
 """
 
 from __future__ import annotations
@@ -36,6 +39,8 @@ def offer(roster: Roster) -> None:
         seen[FLAG] = True
         if not is_aliased():  # else the model's own methods mean ours
             seen.update({name: partial(method, roster) for name, method in METHODS.items()})
+        if not roster.in_place:
+            seen["save_pretrained"] = partial(_save_base, roster)
 
 
 def withdraw(model: nn.Module) -> None:
@@ -87,6 +92,23 @@ def _save_pretrained(
             state_dict=state_dict,
             embeddings=save_embedding_layers,
         )
+
+
+def _save_base(
+    roster: Roster, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+) -> Any:
+    """The model's own `save_pretrained` of its base's tensors; what is merged is in them."""
+    from multigraft.base_state import get_base_model_state_dict
+
+    model = roster.root
+    if kwargs.get("state_dict") is None:
+        kwargs["state_dict"] = get_base_model_state_dict(model)
+    seen = model.__dict__
+    held = {name: seen.pop(name) for name in (FLAG, *METHODS) if name in seen}
+    try:
+        return model.save_pretrained(save_directory, *args, **kwargs)  # type: ignore[operator]
+    finally:
+        seen.update(held)
 
 
 def _create_or_update_model_card(roster: Roster, output_dir: str | os.PathLike[str]) -> None:
