@@ -14,7 +14,7 @@ from torch import Tensor
 from multigraft import draws, kernels
 from multigraft.bank import frozen_of, joined, pair, rate
 from multigraft.graft import Graft
-from multigraft.kernels import Dropped, Part, Seeded, masked_input
+from multigraft.kernels import AnyPart, Dropped, Part, Reweighted, Seeded, masked_input
 
 
 def fused(grafts: Sequence[Graft], x: Tensor, training: bool) -> Tensor | None:
@@ -25,20 +25,23 @@ def fused(grafts: Sequence[Graft], x: Tensor, training: bool) -> Tensor | None:
         x: the base layer's input, ``(..., in)``.
     """
     part = part_of(grafts, x, training)
-    if part is None:
-        return _own(grafts[0], x, training) if len(grafts) == 1 else None
-    p = rate(grafts, training) if training else 0.0
-    return kernels.adapted_linears(x, [part], dropped(x, p, [part]) if p else None)[0]
+    return None if part is None else run([part], x, rate(grafts, training))[0]
 
 
-def _own(graft: Graft, x: Tensor, training: bool) -> Tensor | None:
-    """What a method runs as one node with its layer that is no pair."""
-    frozen = frozen_of(graft.site, x)
-    return frozen and graft.method.with_base(graft.params, x, *frozen, training)
+def run(parts: Sequence[AnyPart], x: Tensor, p: float) -> list[Tensor]:
+    """The outputs of layers that are parts of one kind.
+
+    Args:
+        p: the dropout of what their factors see.
+    """
+    pairs = [part for part in parts if isinstance(part, Part)]
+    if pairs:
+        return kernels.adapted_linears(x, pairs, dropped(x, p, pairs) if p else None)
+    return kernels.reweighted_linears(x, [part for part in parts if isinstance(part, Reweighted)])
 
 
-def part_of(grafts: Sequence[Graft], x: Tensor, training: bool) -> Part | None:
-    """The base layer and these adapters as one frozen layer with one pair, if they are that."""
+def part_of(grafts: Sequence[Graft], x: Tensor, training: bool) -> AnyPart | None:
+    """The base layer and these adapters as part of one node, if they are that."""
     frozen = frozen_of(grafts[0].site, x)
     if frozen is None:
         return None
@@ -46,7 +49,11 @@ def part_of(grafts: Sequence[Graft], x: Tensor, training: bool) -> Part | None:
         found = pair(grafts[0], training, dropout=True)
     else:
         found = joined(grafts, training)
-    return None if found is None else Part(*frozen, (found[0],), (found[1],), (found[2],))
+    if found is not None:
+        return Part(*frozen, (found[0],), (found[1],), (found[2],))
+    if len(grafts) > 1:
+        return None
+    return grafts[0].method.part(grafts[0].params, *frozen, training)
 
 
 def dropped(x: Tensor, p: float, parts: Sequence[Part]) -> Dropped | Seeded:

@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from multigraft import kernels
 from multigraft.bank import rate
-from multigraft.fused import dropped, part_of, shares_dropout
-from multigraft.kernels import Part
+from multigraft.fused import part_of, run, shares_dropout
+from multigraft.kernels import AnyPart, Part
 from multigraft.mixed import run_together
 
 if TYPE_CHECKING:
@@ -159,7 +158,7 @@ class Siblings:
 
 def _unrouted(layers: Sequence[AdaptedLayer], x: Tensor) -> list[Tensor] | None:
     """The outputs of layers that the same adapters act on in all rows."""
-    parts: list[Part] = []
+    parts: list[AnyPart] = []
     rates = set()
     for layer in layers:
         plan = layer.plan
@@ -170,11 +169,12 @@ def _unrouted(layers: Sequence[AdaptedLayer], x: Tensor) -> list[Tensor] | None:
         if part is None or part.W.device != x.device:
             return None
         parts.append(part)
-    if rates == {0.0}:
-        return kernels.adapted_linears(x, parts)
-    if len(rates) > 1 or not shares_dropout(x, parts):
+    if len(rates) > 1 or len({type(part) for part in parts}) > 1:
+        return None
+    p = rates.pop()
+    if p and not shares_dropout(x, [part for part in parts if isinstance(part, Part)]):
         return None  # each layer drops elements of its own
-    return kernels.adapted_linears(x, parts, dropped(x, rates.pop(), parts))
+    return run(parts, x, p)
 
 
 def _name(layer: AdaptedLayer) -> str:

@@ -12,14 +12,19 @@ from multigraft.kernels.layout import Part, Stack, constants
 from multigraft.kernels.low_rank import low_rank_add
 from multigraft.kernels.node import IS_TRACED
 from multigraft.kernels.regenerated import can_regenerate, draw_seed, masked_input, scrambled
-from multigraft.kernels.reweighted_linear import reweighted_linear
+from multigraft.kernels.reweighted_linear import Reweighted, reweighted_linears
 from multigraft.kernels.reweighted_matrices import reweighted_matrices
 from multigraft.kernels.routed import grouped, masked
 
+AnyPart = Part | Reweighted
+"""A layer of those that run as one node; in one node all are of one kind."""
+
 __all__ = [
     "IS_TRACED",
+    "AnyPart",
     "Dropped",
     "Part",
+    "Reweighted",
     "Seeded",
     "Stack",
     "adapted_linear",
@@ -35,7 +40,7 @@ __all__ = [
     "low_rank_add",
     "masked",
     "masked_input",
-    "reweighted_linear",
+    "reweighted_linears",
     "reweighted_matrices",
     "scrambled",
     "without_autocast",

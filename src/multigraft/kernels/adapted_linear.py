@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multigraft.kernels.layout import Layout, Part, Stack, constants, layout_for
+from multigraft.kernels.layout import Layout, Part, Stack, layout_for
 from multigraft.kernels.node import IS_TRACED, Node
+from multigraft.kernels.products import begun, product, thin
 from multigraft.kernels.regenerated import (
     dropped_factor_gradient,
     dropped_input,
@@ -31,9 +32,6 @@ from multigraft.kernels.regenerated import (
     dropped_shrink,
     keeps,
 )
-
-FEW_TOKENS = 16
-"""Below, what a product costs is not its arithmetic."""
 
 
 class Dropped(NamedTuple):
@@ -127,16 +125,8 @@ def _single(x: Tensor, part: Part) -> Tensor:
     if A.dtype != x.dtype:
         A, B = A.to(x.dtype), B.to(x.dtype)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    y = _begun(bias, torch.mm(flat, A.T), B.T, scale).addmm_(flat, W.T)
+    y = begun(bias, torch.mm(flat, A.T), B.T, scale).addmm_(flat, W.T)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
-
-
-def _begun(bias: Tensor | None, s: Tensor, right: Tensor, scale: float) -> Tensor:
-    """What the base's product is accumulated onto: the narrow one, and the bias if there is one.
-
-    In this order, because the sum of the two is rounded once.
-    """
-    return _scaled(s, right, scale) if bias is None else _accumulate(bias, s, right, scale)
 
 
 def _forward(
@@ -156,7 +146,7 @@ def _forward(
         assert W is not None
         own = s if layout.layers == 1 else s.narrow(-1, start, rank)
         right, scale = stack.Bs[i].mT, layout.scale[i]
-        y = _begun(bias, own, right, scale)
+        y = begun(bias, own, right, scale)
         (y if y.dim() == 2 else y.view(-1, y.shape[-1])).addmm_(flat, W.T)
         ys.append(y)
     return ys, s
@@ -166,7 +156,7 @@ def _narrow(layout: Layout, seen: Tensor, A: Tensor, seeded: Seeded | None = Non
     """The narrow products of all layers side by side."""
     if seeded is not None:
         return dropped_shrink(_shared(seen, layout), A, *seeded)
-    s = _thin(_shared(seen, layout), A.mT, 1.0)
+    s = thin(_shared(seen, layout), A.mT, 1.0)
     return s if layout.uneven is None else s * layout.factors(s)
 
 
@@ -279,7 +269,7 @@ def _gradients(
     if seeded is not None and needs_x:
         own = dropped_input_gradient(ds, stack.A, *seeded)
     elif needs_x or needs_seen:
-        own = _product(ds, stack.A).view(-1, ctx.shape[-1])
+        own = product(ds, stack.A).view(-1, ctx.shape[-1])
     dx = dseen = None
     if not ctx.is_apart:
         dx = own
@@ -309,13 +299,13 @@ def _narrow_gradient(
 ) -> Tensor:
     """The gradient of s, of all layers side by side."""
     if layout.is_single and dys[0] is not None:
-        return _thin(dys[0], Bs[0], layout.scale[0])
+        return thin(dys[0], Bs[0], layout.scale[0])
     parts = []
     for rank, dy, B, scale in zip(layout.rank, dys, Bs, layout.scale, strict=True):
         if dy is None:
             parts.append(s.new_zeros(*s.shape[:-1], rank))
         else:
-            parts.append(_thin(_shared(dy, layout), B, scale))
+            parts.append(thin(_shared(dy, layout), B, scale))
     # Joined as they lie, the narrow side first.
     ds = parts[0] if layout.layers == 1 else torch.cat([part.mT for part in parts], dim=-2).mT
     return ds if layout.uneven is None else ds * layout.factors(ds)
@@ -334,7 +324,7 @@ def _factor_gradients(
     """Gradients in the order of ``tensors``: slices of one product for all A, of one for each B."""
     if layout.is_single and dys[0] is not None:
         dA = _as(_over_tokens(layout, ds, seen, seeded), tensors[2]) if needs[2] else None
-        dB = _as(_thin(dys[0].mT, s, layout.scale[0]), tensors[3]) if needs[3] else None
+        dB = _as(thin(dys[0].mT, s, layout.scale[0]), tensors[3]) if needs[3] else None
         return [None, None, dA, dB]
     found: list[Tensor | None] = [None] * len(tensors)
     n, size = layout.adapters, layout.size
@@ -347,7 +337,7 @@ def _factor_gradients(
         if any(needs[first + n : first + 2 * n]):
             i = first // size
             narrow = s if layout.layers == 1 else s.narrow(-1, *layout.columns[i])
-            dB = _as(_thin(_shared(dys[i], layout).mT, narrow, layout.scale[i]), tensors[first + n])
+            dB = _as(thin(_shared(dys[i], layout).mT, narrow, layout.scale[i]), tensors[first + n])
             found[first + n : first + 2 * n] = layout.split_B(dB, i)
     return found
 
@@ -356,7 +346,7 @@ def _over_tokens(layout: Layout, ds: Tensor, seen: Tensor, seeded: Seeded | None
     """The gradient of the stacked A."""
     if seeded is not None:
         return dropped_factor_gradient(ds, _shared(seen, layout), *seeded)
-    return _product(ds.mT, _shared(seen, layout))
+    return product(ds.mT, _shared(seen, layout))
 
 
 def _as(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -368,32 +358,3 @@ def _shared(x: Any, layout: Layout) -> Any:
     if layout.adapters == 1:
         return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return x.reshape(layout.adapters, -1, x.shape[-1])
-
-
-def _thin(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """``scale · left right`` for a narrow ``right``.
-
-    A CPU is several times faster on the same product transposed, unless there are few tokens.
-    """
-    if left.device.type == "cpu" and min(left.shape[-2:]) >= FEW_TOKENS:
-        return _scaled(right.mT, left.mT, scale).mT
-    return _scaled(left, right, scale)
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    return torch.mm(left, right) if left.dim() == 2 else torch.bmm(left, right)
-
-
-def _accumulate(start: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """``start + scale · left right``."""
-    add = torch.addmm if left.dim() == 2 else torch.baddbmm
-    return add(start, left, right, alpha=scale)
-
-
-def _scaled(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """``scale · left right`` in one product: what is added to it is nothing, and never read."""
-    if scale == 1.0:
-        return _product(left, right)
-    add = torch.addmm if left.dim() == 2 else torch.baddbmm
-    nothing = constants((0.0,), left.dtype, left.device)
-    return add(nothing, left, right, beta=0, alpha=scale)

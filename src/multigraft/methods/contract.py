@@ -23,6 +23,7 @@ from multigraft.bases import Geometry
 from multigraft.config import CONFIGS, PeftConfig
 from multigraft.defaults import LORA_TARGETS, Targets
 from multigraft.draws import dropout
+from multigraft.kernels import AnyPart
 from multigraft.registry import Registry
 from multigraft.site import Site
 
@@ -241,10 +242,12 @@ class Method:
         """
         return None
 
-    def with_base(
-        self, params: Params, x: Tensor, W: Tensor, bias: Tensor | None, training: bool
-    ) -> Tensor | None:
-        """Additive: the base layer's output for ``x`` with what `add` adds, where that is one node.
+    def part(
+        self, params: Params, W: Tensor, bias: Tensor | None, training: bool
+    ) -> AnyPart | None:
+        """Additive: the base layer with what `add` adds as part of one node, where it is no pair.
+
+        In training it runs with the method's `dropout` of what the factors see.
 
         Args:
             W, bias: of a frozen layer whose call is ``x Wᵀ + bias``, ``(out, in)`` and ``(out,)``.

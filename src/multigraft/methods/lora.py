@@ -32,6 +32,7 @@ from multigraft.config import (
 from multigraft.draws import dropout
 from multigraft.errors import TargetError
 from multigraft.fields import check_ranges
+from multigraft.kernels import AnyPart
 from multigraft.methods.contract import Method, Params, TensorSpec, method, writable
 from multigraft.site import Site
 from multigraft.variants import LoraRuntimeConfig, check_options, runtime_of, variant_for
@@ -328,12 +329,12 @@ class LoRA(Method):
             return None if self.bias else self.own.low_rank(self, params)
         return None if self.bias else (*self.factors(params), self.scaling)
 
-    def with_base(
-        self, params: Params, x: Tensor, W: Tensor, bias: Tensor | None, training: bool
-    ) -> Tensor | None:
+    def part(
+        self, params: Params, W: Tensor, bias: Tensor | None, training: bool
+    ) -> AnyPart | None:
         if self.own is None or self.bias:
             return None
-        return self.own.with_base(self, params, x, W, bias, training)
+        return self.own.part(self, params, W, bias, training)
 
     @classmethod
     def penalty(cls, config: LoraConfig, sites: Iterable[Params]) -> Tensor | None:

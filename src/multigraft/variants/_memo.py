@@ -88,6 +88,18 @@ class Memo:
                 return self._made(compute, key, trained, tensors)
         return self._made(compute, key, trained, tensors)
 
+    def kept(
+        self,
+        trained: Sequence[Tensor] = (),
+        frozen: Sequence[Tensor | None] = (),
+        key: object = None,
+    ) -> Tensor | None:
+        """The value, if there is one and it is not out of date; arguments are those of `get`."""
+        tensors = [*trained, *frozen]
+        if self._value is None or self._key != key or _is_recorded(tensors):
+            return None
+        return self._value if self._is_current(trained, tensors) else None
+
     @torch.no_grad()
     def _made(
         self,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from multigraft.config import require
 from multigraft.errors import ConfigError, UnsupportedError, did_you_mean
+from multigraft.kernels import AnyPart
 from multigraft.methods.contract import Method, Params, TensorSpec
 from multigraft.registry import Registry
 
@@ -104,16 +105,10 @@ class Variant:
         """Whether it acts as `low_rank` says in training too, but for the dropout of its input."""
         return True
 
-    def with_base(
-        self,
-        lora: Method,
-        params: Params,
-        x: Tensor,
-        W: Tensor,
-        bias: Tensor | None,
-        training: bool,
-    ) -> Tensor | None:
-        """Base layer and contribution in one node, or None; see `Method.with_base`."""
+    def part(
+        self, lora: Method, params: Params, W: Tensor, bias: Tensor | None, training: bool
+    ) -> AnyPart | None:
+        """Base layer and contribution as part of one node, or None; see `Method.part`."""
         return None
 
     def penalty(self, config: Any, sites: Iterable[Params]) -> Tensor | None:

@@ -7,7 +7,8 @@ The norm is taken from the factors, never from the dense product:
     ‖W + s B A‖² = ‖W‖² + 2 s rowsum((W Aᵀ) ∘ B) + s² rowsum((B A Aᵀ) ∘ B)
 
 and kept until A, B or W change: once per step of the optimiser. ‖W‖² outlives A's and B's changes.
-A frozen linear layer and its adapter run as one node, `multigraft.kernels.reweighted_linear`.
+Frozen linear layers of one input run with their adapters as one node,
+`multigraft.kernels.reweighted_linears`.
 Stacked experts have a magnitude for each expert's output features, (experts, out).
 
 Paper: Liu et al. 2024, arXiv:2402.09353, eq. 5; the norm is held constant in the gradient (4.3).
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from multigraft import kernels
 from multigraft.draws import dropout
+from multigraft.kernels import AnyPart
 from multigraft.methods.contract import Method, Params, TensorSpec
 from multigraft.variants._memo import Memo
 from multigraft.variants._runtime import borrowed
@@ -74,24 +76,14 @@ class DoRA(Variant):
         norm = _norm(lora, params) if device is None else _norm_on(device, lora, params)
         m.copy_(norm.reshape(m.shape))
 
-    def with_base(
-        self,
-        lora: Method,
-        params: Params,
-        x: Tensor,
-        W: Tensor,
-        bias: Tensor | None,
-        training: bool,
-    ) -> Tensor | None:
+    def part(
+        self, lora: Method, params: Params, W: Tensor, bias: Tensor | None, training: bool
+    ) -> AnyPart | None:
         if lora.dropout and training:
             return None  # the base's own part of the output sees what is not dropped
         A, B = _factors(lora, params)
         m = params[MAGNITUDE].flatten()
-
-        def norm() -> Tensor:
-            return _norm(lora, params)[0]
-
-        return kernels.reweighted_linear(x, W, bias, A, B, lora.scaling, m, norm)
+        return kernels.Reweighted(W, bias, A, B, lora.scaling, m, Norm(lora, params))
 
     def add(
         self,
@@ -145,25 +137,45 @@ class Norms:
         self.own = Memo()
 
 
-def _norm(lora: Method, params: Params) -> Tensor:
-    """‖W + s B A‖ of each matrix's output features, ``(n, out)``, in at least float32."""
-    site = lora.site.tied or lora.site
-    norms: Norms = lora.memory  # type: ignore[attr-defined]
-    stored = [_stored(site.layer, site.tensor_name)]
-    trained = [tensor for name, tensor in params.items() if name != MAGNITUDE]
+class Norm:
+    """‖W + s B A‖ at a site, as `kernels.Reweighted` asks for it."""
 
-    def compute() -> Tensor:
-        W = lora.site.weight()
+    def __init__(self, lora: Method, params: Params) -> None:
+        self.lora, self.params = lora, params
+        self.norms: Norms = lora.memory  # type: ignore[attr-defined]
+        site = lora.site.tied or lora.site
+        stored = [_stored(site.layer, site.tensor_name)]
+        trained = [tensor for name, tensor in params.items() if name != MAGNITUDE]
+        self.state = trained, stored, lora.scaling
+
+    def kept(self) -> Tensor | None:
+        """The norm, if it is known, ``(out,)``."""
+        found = self.norms.whole.kept(*self.state)
+        return None if found is None else found[0]
+
+    def __call__(self, product: Tensor | None = None) -> Tensor:
+        """The norm ``(out,)``; ``product`` is A Wᵀ, where it is at hand and as precise."""
+        return self.of_each(product)[0]
+
+    def of_each(self, product: Tensor | None = None) -> Tensor:
+        """Of each matrix's output features, ``(n, out)``, in at least float32."""
+        return self.norms.whole.get(lambda: self._computed(product), *self.state)
+
+    def _computed(self, product: Tensor | None) -> Tensor:
+        W = self.lora.site.weight()
         if kernels.is_autocasting(W):
             with kernels.without_autocast(W):
-                return whole(W)
-        return whole(W)
+                return self._whole(W, product)
+        return self._whole(W, product)
 
-    def whole(W: Tensor) -> Tensor:
-        own = norms.own.get(lambda: _square(lora, W), frozen=stored)
-        return _adapted_norm(lora, params, W, own)
+    def _whole(self, W: Tensor, product: Tensor | None) -> Tensor:
+        own = self.norms.own.get(lambda: _square(self.lora, W), frozen=self.state[1])
+        return _adapted_norm(self.lora, self.params, W, own, product)
 
-    return norms.whole.get(compute, trained, stored, lora.scaling)
+
+def _norm(lora: Method, params: Params) -> Tensor:
+    """‖W + s B A‖ of each matrix's output features, ``(n, out)``, in at least float32."""
+    return Norm(lora, params).of_each()
 
 
 def _norm_on(device: torch.device, lora: Method, params: Params) -> Tensor:
@@ -186,21 +198,29 @@ def _square(lora: Method, W: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _adapted_norm(lora: Method, params: Params, W: Tensor, own: Tensor) -> Tensor:
+def _adapted_norm(
+    lora: Method, params: Params, W: Tensor, own: Tensor, product: Tensor | None = None
+) -> Tensor:
     layer, geometry = lora.site.layer, lora.geometry
     A, B = _factors(lora, params)
     dtype = torch.promote_types(torch.promote_types(A.dtype, W.dtype), torch.float32)
     A, B, s = A.to(dtype), B.to(dtype), lora.scaling
     if geometry.count(layer) is None:
         M = geometry.as_matrix(layer, W)
-        return _row_norms(M, A.flatten(1), B.flatten(1), own[0], s)[None]
+        A, B = A.flatten(1), B.flatten(1)
+        is_given = product is not None and product.dtype == dtype
+        return _row_norms(product if is_given else _product(M, A), A, B, own[0], s)[None]
     each = zip(geometry.as_matrices(layer, W), *geometry.pairs(layer, A, B), own, strict=True)
-    return torch.stack([_row_norms(*one, s) for one in each])
+    return torch.stack([_row_norms(_product(M, a), a, b, n, s) for M, a, b, n in each])
 
 
-def _row_norms(M: Tensor, A: Tensor, B: Tensor, own: Tensor, s: float) -> Tensor:
-    """‖M + s B A‖ of each row, ``(out,)``: own + colsum((2 s A Mᵀ + s² A Aᵀ Bᵀ) ∘ Bᵀ), rooted."""
-    change = torch.addmm(_product(M, A), A @ A.T, B.T, beta=2 * s, alpha=s * s).mul_(B.T)
+def _row_norms(product: Tensor, A: Tensor, B: Tensor, own: Tensor, s: float) -> Tensor:
+    """‖M + s B A‖ of each row, ``(out,)``: own + colsum((2 s A Mᵀ + s² A Aᵀ Bᵀ) ∘ Bᵀ), rooted.
+
+    Args:
+        product: A Mᵀ.
+    """
+    change = torch.addmm(product, A @ A.T, B.T, beta=2 * s, alpha=s * s).mul_(B.T)
     return change.sum(0).add_(own).clamp_min_(0).sqrt_()
 
 

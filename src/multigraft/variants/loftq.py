@@ -14,6 +14,7 @@ from torch import Tensor
 
 from multigraft import kernels
 from multigraft.draws import dropout
+from multigraft.kernels import AnyPart
 from multigraft.methods.contract import Method, Params
 from multigraft.variants.contract import Variant, variant
 
@@ -53,21 +54,13 @@ class LoftQ(Variant):
         own = lora.apply_factors(params, seen)  # type: ignore[attr-defined]
         return y + (change + own).to(y.dtype)
 
-    def with_base(
-        self,
-        lora: Method,
-        params: Params,
-        x: Tensor,
-        W: Tensor,
-        bias: Tensor | None,
-        training: bool,
-    ) -> Tensor | None:
+    def part(
+        self, lora: Method, params: Params, W: Tensor, bias: Tensor | None, training: bool
+    ) -> AnyPart | None:
         layer = lora.site.layer
         Q = lora.geometry.as_matrix(layer, _quantised(lora, params)).to(W.dtype)
-        is_dropped = lora.dropout and training
-        seen = kernels.Dropped(dropout(x, lora.dropout)) if is_dropped else None
         A, B = self.pair(lora, params)
-        return kernels.adapted_linear(x, Q, bias, A, B, lora.scaling, seen)
+        return kernels.Part(Q, bias, (A,), (B,), (lora.scaling,))
 
     def delta(self, lora: Method, params: Params, W: Tensor | None) -> Tensor:
         assert W is not None
