@@ -78,8 +78,12 @@ def told(running: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 def differences(facts: Facts) -> dict[str, tuple[Any, Any]]:
-    """Where a program found something else under the alias than with PEFT, rounding aside."""
-    names = {**facts.aliased, **facts.with_peft}
+    """Where a program found something else under the alias than with PEFT, rounding aside.
+
+    What begins with `beyond PEFT` is meant to be different.
+    """
+    found = {**facts.aliased, **facts.with_peft}
+    names = [name for name in found if not name.startswith("beyond PEFT")]
     pairs = {name: (facts.aliased.get(name), facts.with_peft.get(name)) for name in names}
     return {name: pair for name, pair in pairs.items() if not _alike(*pair)}
 

@@ -78,6 +78,15 @@ def test_a_module_is_run_by_its_name(folder: Path) -> None:
     assert said.strip() == "['a', '-b'] multigraft.compat tools_beside_me"
 
 
+def test_torchruns_workers_find_multigraft(folder: Path) -> None:
+    (folder / "worker.py").write_text(
+        "import os, peft; print(os.environ['RANK'], peft.__spec__.origin, flush=True)"
+    )
+    run = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "worker.py")
+    said = output(str(CHILD), *run, cwd=folder)
+    assert sorted(said.splitlines()) == ["0 multigraft.compat", "1 multigraft.compat"]
+
+
 def test_code_is_run_and_sees_its_arguments() -> None:
     code = "import peft, sys; print(sys.argv, peft.LoraConfig.__module__)"
     assert output(*ALIASED, "-c", code, "a").strip() == "['-c', 'a'] multigraft.methods.lora"

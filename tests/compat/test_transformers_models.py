@@ -89,3 +89,10 @@ def test_what_is_trained_beside_is_loaded_as_well(found: dict[str, Any], what: s
 def test_the_trainer_saves_adapters(found: dict[str, Any]) -> None:
     assert found["trained"]
     assert found["checkpoint"] == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_the_best_checkpoint_comes_back_and_training_goes_on_which_fails_with_peft(
+    facts: Facts,
+) -> None:
+    assert facts.aliased["beyond PEFT: steps"] == 3
+    assert facts.with_peft["beyond PEFT: steps"] == "pytorch_model.bin"  # else say so no more

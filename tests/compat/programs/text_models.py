@@ -119,6 +119,32 @@ def beside(found: dict[str, Any]) -> None:
         found[f"{name}: acts"] = apart(logits(model), logits(tiny())) > 0
 
 
+def best(found: dict[str, Any]) -> None:
+    """The best checkpoint's adapter is loaded at the end, and training goes on from the last."""
+
+    def trainer(steps: int) -> Trainer:
+        model = tiny()
+        model.add_adapter(config())
+        rows = [{"input_ids": torch.arange(6) + i, "labels": torch.arange(6) + i} for i in range(8)]
+        arguments = TrainingArguments(
+            f"{FOLDER}/best",
+            max_steps=steps,
+            save_steps=1,
+            eval_steps=1,
+            eval_strategy="steps",
+            load_best_model_at_end=True,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        return Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+
+    trainer(2).train()
+    more = trainer(3)
+    more.train(resume_from_checkpoint=True)
+    found["beyond PEFT: steps"] = more.state.global_step
+
+
 def fitted(found: dict[str, Any]) -> None:
     """A model with an adapter in place goes into the trainer."""
     model = tiny()
@@ -147,4 +173,8 @@ if __name__ == "__main__":
     loaded(facts, one)
     beside(facts)
     fitted(facts)
+    try:
+        best(facts)
+    except FileNotFoundError as error:
+        facts["beyond PEFT: steps"] = os.path.basename(str(error.filename))
     tell(facts)
