@@ -13,6 +13,7 @@ from multigraft.distributed.checkpoints import has_sharded, load_sharded, save_s
 from multigraft.distributed.fsdp import blocks_of, shard
 from multigraft.distributed.loading import fill_base, load_base
 from multigraft.distributed.replicas import Replicas
+from multigraft.distributed.stages import keep_stage, load_stages, save_stages
 from multigraft.distributed.tensor_parallel import TensorParallel
 from multigraft.distributed.together import Ranks, together
 
@@ -23,9 +24,12 @@ __all__ = [
     "blocks_of",
     "fill_base",
     "has_sharded",
+    "keep_stage",
     "load_base",
     "load_sharded",
+    "load_stages",
     "save_sharded",
+    "save_stages",
     "shard",
     "together",
 ]

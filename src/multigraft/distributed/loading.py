@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from multigraft.base_state import names_of_base
 from multigraft.distributed.fsdp import shard
+from multigraft.distributed.stages import Elsewhere
 from multigraft.errors import CheckpointError, MissingExtraError, StateError, listed
 from multigraft.reading import check_inside, read_header
 from multigraft.tuner import base_of
@@ -102,10 +103,19 @@ Slot = tuple[nn.Module, str]
 
 
 def _slots(base: nn.Module) -> Iterator[tuple[str, Slot]]:
-    """Where the base's tensors are, by the names that they have without adapters."""
+    """Where the base's tensors are, by the names that they have without adapters.
+
+    One that is shared with a module of another stage has that module's name as well.
+    """
+    found = {}
     for name, key in names_of_base(base).items():
         path, _, leaf = key.rpartition(".")
-        yield name, (base.get_submodule(path), leaf)
+        slot = base.get_submodule(path), leaf
+        found[id(_held(slot))] = slot
+        yield name, slot
+    for path, module in base.named_modules():
+        for name, tensor in module.shared.items() if isinstance(module, Elsewhere) else ():
+            yield f"{path}.{name}", found[id(tensor)]
 
 
 def _held(slot: Slot) -> Tensor:
