@@ -47,8 +47,17 @@ def alone(names: dict[str, Any], adapter: str) -> torch.Tensor:
 
 
 def test_every_block_runs(names: dict[str, Any]):
-    assert len(BLOCKS) == 9
-    assert list(names["model"].peft_config) == ["support", "legal", "poems", "tone", "spare"]
+    assert len(BLOCKS) == 10
+    assert list(names["model"].peft_config) == [
+        *("support", "legal", "poems", "tone", "spare"),
+        *(f"slot-{n}" for n in range(4)),
+    ]
+
+
+def test_a_library_serves_rows_by_name(names: dict[str, Any]):
+    for row, adapter in enumerate(("legal", "poems")):
+        torch.testing.assert_close(names["served"][row], alone(names, adapter)[row])
+    assert names["library"].counts.swapped == 2
 
 
 def test_rows_are_their_adapters(names: dict[str, Any]):
