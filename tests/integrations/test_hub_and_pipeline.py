@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import huggingface_hub
 import pytest
@@ -16,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 from multigraft import PeftModel, get_peft_model, inject_adapter_in_model
+from tests.hub_stand_in import StandIn, running, turn_to
 from tests.integrations.small_trainer import base, config, trainer
 
 MODES = pytest.mark.parametrize(
@@ -30,41 +28,36 @@ Make = Callable[[], nn.Module]
 
 
 @pytest.fixture
-def uploads(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
-    """Texts of the files that would go to the hub, upload by upload; binary ones are empty."""
-    found: list[dict[str, str]] = []
-
-    def create_repo(self: Any, repo_id: str, **options: Any) -> Any:
-        return SimpleNamespace(repo_id=f"me/{repo_id}")
-
-    def upload_folder(self: Any, *, folder_path: str, **options: Any) -> Any:
-        files = (p for p in Path(folder_path).iterdir() if p.is_file())
-        found.append({p.name: p.read_text() if p.suffix == ".md" else "" for p in files})
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
-    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
-    return found
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+    with running() as hub:
+        turn_to(hub, tmp_path / "cache", monkeypatch)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # it remembers where
+        yield hub
 
 
 @MODES
-def test_what_is_pushed_is_the_adapter_and_its_card(
-    make: Make, uploads: list[dict[str, str]], tmp_path: Path
+def test_what_the_trainer_pushes_is_the_adapter_and_its_card(
+    make: Make, hub: StandIn, tmp_path: Path
 ):
     options = {"push_to_hub": True, "hub_model_id": "tiny", "hub_strategy": "every_save"}
-    subject = trainer(make(), tmp_path, save_steps=2, **options)
+    subject = trainer(make(), tmp_path / "run", save_steps=2, hub_token=hub.token, **options)
     subject.train()
     subject.push_to_hub()
-    assert len(uploads) == 3
-    for files in uploads:
-        assert {"adapter_config.json", "adapter_model.safetensors"} <= files.keys()
+    repository = hub.repositories["me/tiny"]
+    assert len(repository.messages) >= 3  # the repository's own, and what was pushed
+    for files in repository.commits.values():
         assert not {"model.safetensors", "pytorch_model.bin", "config.json"} & files.keys()
-    card = uploads[-1]["README.md"]
-    assert huggingface_hub.ModelCard(card).data.library_name == "peft"
-    assert {"lora", "generated_from_trainer"} <= set(huggingface_hub.ModelCard(card).data.tags)
-    assert "## Training procedure" in card  # the trainer's own text is kept
+    files = hub.files("me/tiny")
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= files.keys()
+    card = huggingface_hub.ModelCard(files["README.md"].decode())
+    assert card.data.library_name == "peft"
+    assert {"lora", "generated_from_trainer"} <= set(card.data.tags)
+    assert "## Training procedure" in card.text  # the trainer's own text is kept
+    again = PeftModel.from_pretrained(base(), "me/tiny").eval()
+    ids = torch.tensor([[3, 4, 5]])
+    found = subject.model.eval()(ids).logits
+    torch.testing.assert_close(again(ids).logits, found)
+    assert (found - base().eval()(ids).logits).abs().max() > 1e-4
 
 
 @MODES
@@ -97,21 +90,21 @@ def test_pushing_while_saving_in_place_is_refused_with_the_way_to_do_it(tmp_path
         model.save_pretrained(tmp_path, push_to_hub=True)
 
 
-def test_pushing_a_model_that_was_adapted_in_place_sends_its_adapter(
-    monkeypatch: pytest.MonkeyPatch,
-):
-    sent: list[set[str]] = []
+def test_pushing_a_model_that_was_adapted_in_place_sends_its_adapter(hub: StandIn):
     model = inject_adapter_in_model(config(), base())
+    model.push_to_hub("me/tiny", token=hub.token)
+    expected = {"adapter_config.json", "adapter_model.safetensors", "README.md", ".gitattributes"}
+    assert hub.files("me/tiny").keys() == expected
+    other = inject_adapter_in_model(config(), base())
+    other.load_adapter("me/tiny", "other")
+    assert other.active_adapters() == ["other"]
 
-    def upload(self: Any, folder: Any, *args: Any, **options: Any) -> None:
-        sent.append({p.name for p in Path(folder).iterdir()})
 
-    monkeypatch.setattr(type(model), "_upload_modified_files", upload)
-    api = huggingface_hub.HfApi
-    named = lambda self, repo_id, **_: SimpleNamespace(repo_id=repo_id)  # noqa: E731
-    monkeypatch.setattr(api, "create_repo", named)
-    model.push_to_hub("me/tiny")
-    assert sent == [{"adapter_config.json", "adapter_model.safetensors", "README.md"}]
+def test_pushing_a_base_that_a_handle_adapted_sends_the_base(hub: StandIn):
+    model = get_peft_model(base(), config())
+    model.get_base_model().push_to_hub("me/base", token=hub.token)
+    assert "model.safetensors" in hub.files("me/base")
+    assert "adapter_config.json" not in hub.files("me/base")
 
 
 def test_transformers_words_for_adapters_mean_ours(tmp_path: Path):
