@@ -93,12 +93,15 @@ def test_the_loss_is_that_of_trl(set_up, tmp_path, loss):
 
 def test_the_reference_is_the_base_alone_without_dropout_and_draws_nothing(set_up):
     own = set_up(OWN, count=4)
+    for layer in own.base.model.layers:
+        layer.self_attn.attention_dropout = 0.5
     model = own.grown("a", init_lora_weights=False, lora_dropout=0.5).train()
     state = torch.get_rng_state()
     batch = own.task.prepare(model, own.batch(0, 4))
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
     assert not batch.targets["reference"].requires_grad
+    model.eval()
     with model.disable_adapter():
         expected = [log_probability(model, side)[0] for side in _sides(own.examples)]
     assert batch.targets["reference"].tolist() == pytest.approx(expected, rel=1e-5)

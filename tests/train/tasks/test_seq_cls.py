@@ -94,6 +94,22 @@ def test_what_two_texts_have_too_many_tokens_is_cut_at_the_longer(set_up):
     assert words == ["[CLS]", "fine", "fine", "fine", "[SEP]", "dull", "fine", "[SEP]"]
     assert example.segments == [0, 0, 0, 0, 0, 1, 1, 1]
     assert is_cut
+    record = Labelled("dull fine", 0, "fine " * 9, 1)
+    ((example,), _) = own.task.pieces(record, own.tokenizer, 8)
+    assert example.segments == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("subject", OWN[:2], ids=lambda s: s.name)
+def test_padding_changes_no_logits(subject, set_up):
+    own = set_up(subject)
+    short, long = sorted(own.examples, key=len)[:: len(own.examples) - 1]
+    assert len(short) < len(long)
+    batch = own.task.collate([short, long], own.pad)
+    with torch.no_grad():
+        together = own.base(**batch.inputs).logits
+        for row, example in enumerate((short, long)):
+            alone = own.base(**own.task.collate([example], own.pad).inputs).logits[0]
+            assert torch.allclose(together[row], alone, atol=1e-5)
 
 
 @pytest.mark.parametrize(
