@@ -16,7 +16,18 @@ from multigraft.gradients import let_gradients_in
 from multigraft.hub import Pushable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Concatenate, ParamSpec, TypeVar
+
     from multigraft.roster import Roster
+    from multigraft.tuner import Tuner
+
+    P = ParamSpec("P")
+    T = TypeVar("T")
+
+    def of_tuner(verb: Callable[Concatenate[Tuner, P], T]) -> Callable[Concatenate[Any, P], T]:
+        """A verb of the tuner's, as type checkers see it on the handle, which passes it on."""
+        raise NotImplementedError
 
 
 class HandleFacade(Pushable):
@@ -25,6 +36,11 @@ class HandleFacade(Pushable):
     if TYPE_CHECKING:
         base_model: Any
         save_pretrained: Any
+
+        add_weighted_adapter = of_tuner(Tuner.add_weighted_adapter)
+        merge_adapter = of_tuner(Tuner.merge_adapter)
+        set_requires_grad = of_tuner(Tuner.set_requires_grad)
+        unmerge_adapter = of_tuner(Tuner.unmerge_adapter)
 
         @property
         def roster(self) -> Roster:

@@ -27,6 +27,9 @@ def wrong(base: nn.Module, model: PeftModel, config: LoraConfig) -> None:
     model.load_adapter(Path("a"), "a", strict="yes")  # refused: arg-type
     model.base_model.merge_adapter("a", keep="yes")  # refused: call-arg
     model.base_model.no_such_verb()
+    model.merge_adapter(["a"], keep="yes")  # refused: call-arg
+    model.add_weighted_adapter(["a"], "0.5", "b")  # refused: arg-type
+    model.unmerge_adapter(3)  # refused: arg-type
     PeftModel.from_pretrained("a", base)  # refused: arg-type
     TaskType.CHAT  # noqa: B018  # refused: attr-defined
     multigraft.extract_lora(base, base)  # refused: call-arg

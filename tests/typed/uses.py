@@ -111,6 +111,11 @@ def lifecycle(base: nn.Module, batch: dict[str, Tensor]) -> nn.Module:
     with model.mixed_batch(rows):
         model(**batch)
 
+    model.add_weighted_adapter(["first", "second"], [0.5, 0.5], "both", "svd", svd_rank=4)
+    model.set_requires_grad(["first"], False)
+    model.merge_adapter(["first", "second"], safe_merge=True)
+    model.unmerge_adapter()
+
     tuner = model.base_model
     tuner.merge_adapter(["first"], keep_original=False)
     tuner.unmerge_adapter()
