@@ -102,6 +102,7 @@ def test_the_base_is_in_the_dtype_that_is_asked_for(dtype, size):
     assert found.parts["base weights"] == pytest.approx(size * found.parameters, rel=0.02)
 
 
+@pytest.mark.slow
 def test_405_billion_parameters_take_seconds_and_no_memory():
     config = transformers.LlamaConfig(
         hidden_size=16384,

@@ -7,6 +7,7 @@
 The step runs on tensors without memory, so that the plan knows no architecture. See `docs/plan.md`.
 """
 
+from multigraft.planning.cluster import ClusterPlan, as_rows, cluster_table, clusters, notes
 from multigraft.planning.memory import MemoryPlan, Request, plan, planned
 from multigraft.planning.remedies import Remedy, advice, out_of_memory, remedies
 from multigraft.planning.sizes import as_text, bytes_of
@@ -15,14 +16,19 @@ from multigraft.planning.table import as_data, text
 
 __all__ = [
     "PARTS",
+    "ClusterPlan",
     "MemoryPlan",
     "Remedy",
     "Request",
     "Step",
     "advice",
     "as_data",
+    "as_rows",
     "as_text",
     "bytes_of",
+    "cluster_table",
+    "clusters",
+    "notes",
     "out_of_memory",
     "plan",
     "planned",

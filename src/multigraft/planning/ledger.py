@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-START, FORWARD, LOSS, BACKWARD, UPDATE = range(5)
+from multigraft.planning.flops import flops_of
+
+PHASES = START, FORWARD, LOSS, BACKWARD, UPDATE = range(5)
 """The phases of a step; what is there before it belongs to the start."""
 
 
@@ -26,6 +28,7 @@ class Ledger(TorchDispatchMode):
         events: (number of the storage, bytes), negative when it goes.
         made_in: the phase in which each storage appeared, by number.
         live: numbers of the storages that are alive.
+        flops: floating-point operations of products and attention, by phase.
     """
 
     def __init__(self) -> None:
@@ -34,6 +37,7 @@ class Ledger(TorchDispatchMode):
         self.made_in: list[int] = []
         self.phase = START
         self.live: dict[int, int] = {}
+        self.flops = [0] * len(PHASES)
         self._numbers: dict[int, int] = {}
         self._watches: dict[int, weakref.ref[Any]] = {}
 
@@ -44,6 +48,7 @@ class Ledger(TorchDispatchMode):
         is_known = known is not None and args[0].is_meta
         found = (known if is_known else func)(*args, **(kwargs or {}))  # type: ignore[misc]
         self.hold(leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor))
+        self.flops[self.phase] += flops_of(func, args, found)
         return found
 
     def hold(self, tensors: Iterable[Tensor]) -> None:

@@ -9,15 +9,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from multigraft.config import PeftConfig
+from multigraft.distributed.replicas import owned_tensors
 from multigraft.errors import ConfigError, did_you_mean
 from multigraft.planning import skeleton
 from multigraft.planning.batch import largest_batch
 from multigraft.planning.optimizers import maker
+from multigraft.planning.parallel import Meter, divide
 from multigraft.planning.sizes import bytes_of, memory_here
 from multigraft.planning.step import ADAPTERS, BASE, OPTIMIZER, Step, run_step
+from multigraft.planning.traffic import Traffic
 
 DEVICES = ("cuda", "cpu")
 CONTEXT = 640 << 20
@@ -42,6 +45,7 @@ class Request:
         accumulate: parts of a step that run one after another.
         device: whose kernels are counted with, ``"cuda"`` or ``"cpu"``.
         memory: bytes, or text such as ``"80GiB"``; the first GPU's by default.
+        ranks: how many each layer is divided over, by tensor parallelism.
     """
 
     model: Any
@@ -55,9 +59,10 @@ class Request:
     accumulate: int = 1
     device: str = "cuda"
     memory: str | int | None = None
+    ranks: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_length", "accumulate"):
+        for name in ("batch_size", "max_length", "accumulate", "ranks"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"`{name}` (={value!r}) must be an integer of at least 1.")
@@ -95,15 +100,22 @@ class Bench:
         self.parameters = sum(p.numel() for p in base.parameters())
         self._check_length(base)
         skeleton.frozen_base(base, request.dtype, request.quantize, request.gradient_checkpointing)
+        styles = divide(base, request.ranks) if request.ranks > 1 else {}
         self.base = base
         self.model = skeleton.adapted(base, {n: copy.copy(c) for n, c in request.adapters.items()})
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.meter = Meter(base, styles, request.ranks)
 
     def step(self, rows: int) -> Step:
-        """The costliest step with so many rows of each adapter."""
+        """A step with so many rows of each adapter, at the costliest of its forwards."""
         companies = skeleton.companies(self.model, list(self.request.adapters))
         found = [self._run(names, rows) for names in companies]
-        return max(found, key=lambda step: step.peak)
+        flops = self.request.accumulate * sum(step.flops for step in found)
+        return dataclasses.replace(max(found, key=lambda step: step.peak), flops=flops)
+
+    def adapter_tensors(self) -> list[Tensor]:
+        """Every tensor of every adapter."""
+        return owned_tensors(self.model.roster)
 
     def _run(self, names: list[str], rows: int) -> Step:
         request = self.request
@@ -139,6 +151,8 @@ class MemoryPlan:
         kept: bytes that a forward pass leaves for the backward pass.
         parameters: of the base.
         trained: parameters that train.
+        flops: floating-point operations of a step.
+        traffic: what each rank sends others that have parts of its layers.
     """
 
     request: Request
@@ -146,6 +160,8 @@ class MemoryPlan:
     kept: int
     parameters: int
     trained: int
+    flops: int
+    traffic: Traffic
     bench: Bench = dataclasses.field(repr=False, compare=False)
 
     @property
@@ -217,5 +233,13 @@ def planned(request: Request) -> MemoryPlan:
     """The plan of a request; see `plan`."""
     bench = Bench(request)
     step = bench.step(request.batch_size)
-    trained = sum(p.numel() for p in bench.trained)
-    return MemoryPlan(request, step.at_peak(), step.kept, bench.parameters, trained, bench)
+    return MemoryPlan(
+        request,
+        step.at_peak(),
+        step.kept,
+        bench.parameters,
+        sum(p.numel() for p in bench.trained),
+        step.flops,
+        bench.meter.of_step(request.accumulate),
+        bench,
+    )

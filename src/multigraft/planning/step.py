@@ -58,11 +58,13 @@ class Step:
         events: (number of a storage, bytes), negative when it goes.
         part_of: the part that each storage belongs to, by number.
         kept: bytes that the forward pass leaves for the backward pass.
+        flops: floating-point operations of products and attention.
     """
 
     events: Sequence[tuple[int, int]]
     part_of: Sequence[str]
     kept: int
+    flops: int = 0
 
     @property
     def course(self) -> list[int]:
@@ -137,7 +139,8 @@ def run_step(
     for numbers, name in named:
         for number in numbers:
             parts[number] = name
-    return Step(_from(ledger.events, begins), parts, kept - outputs_alone)
+    flops = sum(ledger.flops)
+    return Step(_from(ledger.events, begins), parts, kept - outputs_alone, flops)
 
 
 def _from(events: Sequence[tuple[int, int]], begins: int) -> list[tuple[int, int]]:

@@ -94,6 +94,7 @@ def as_data(plan: MemoryPlan, remedies: Sequence[Remedy] = ()) -> dict[str, Any]
         "device": request.device,
         "parts": dict(plan.parts),
         "kept_for_backward": plan.kept,
+        "flops": plan.flops,
         "peak": plan.peak,
         "allowance": plan.allowance,
         "total": plan.total,
