@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from multigraft.cli import main
 from tests.tiny_base import pair_rows, write_base, write_lines
 
 WEIGHTS = "adapter_model.safetensors"
@@ -81,6 +82,23 @@ def test_two_processes_end_with_the_adapters_of_one(run_file, alone, tmp_path, s
     assert done.stdout.count(f"on 2 processes ({strategy})") == 1
     assert_same(alone, tmp_path / "out")
     assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_two_processes_with_parts_of_every_layer_end_so_too(run_file, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(run_file.read_text().replace(", dropout: 0.3", ""))
+    run(file, tmp_path / "alone", 1)
+    done = run(file, tmp_path / "out", 2, "--strategy", "tp")
+    assert done.stdout.count("on 2 processes (tp)") == 1
+    assert "checkpoint " in done.stdout
+    assert_same(tmp_path / "alone", tmp_path / "out")
+
+
+def test_dropout_in_parts_is_refused(run_file, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["train", str(run_file), "--output", str(tmp_path / "out"), "--strategy", "tp"])
+    assert end.value.code == 2
+    assert "`dropout` (=0.3): `strategy` tp has none" in capsys.readouterr().err
 
 
 def test_a_process_that_is_killed_is_started_again_and_the_run_goes_on(
