@@ -16,7 +16,7 @@ CONFIG = LoraConfig(base_model_name_or_path="me/base", task_type="CAUSAL_LM")
 TAGS = ["lora", "multigraft", "base_model:adapter:me/base"]
 FACTS = Facts(
     datasets=["me/verses", "a folder: of mine"],
-    metrics={"loss": 1.25e-05, "accuracy": 0.5, "diverged": float("nan")},
+    metrics={"loss": 1e-05, "accuracy": 0.5, "diverged": float("nan")},
     language="de",
     license="apache-2.0",
     tags=["yes", "1.0", "two words: here"],
@@ -48,7 +48,7 @@ def test_a_card_says_what_it_was_trained_on_and_what_was_measured(tmp_path: Path
     assert (data.language, data.license) == ("de", "apache-2.0")
     assert data.tags == [*TAGS, "yes", "1.0", "two words: here"]
     found = {r.metric_type: r.metric_value for r in data.eval_results}
-    assert found == {"loss": 1.25e-05, "accuracy": 0.5}
+    assert found == {"loss": 1e-05, "accuracy": 0.5}
     assert {(r.task_type, r.dataset_type) for r in data.eval_results} == {
         ("text-generation", "me/verses")
     }

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from multigraft.errors import MissingExtraError, MultigraftError, SourceError
+from multigraft.errors import MissingExtraError, SourceError
 
 OPTIONS = (
     "revision",
@@ -297,8 +297,6 @@ def _additions(hub: Any, folder: Path) -> list[Any]:
 def _why_not_pushed(error: Exception) -> str | None:
     """What the hub, its library or the network says; None for an error of anything else."""
     kinds = [kind.__name__ for kind in type(error).__mro__]
-    if isinstance(error, MultigraftError):
-        return None
     if "OfflineModeIsEnabled" in kinds:
         return "HF_HUB_OFFLINE is set. Unset it"
     if "HFValidationError" in kinds or "HfUriError" in kinds:

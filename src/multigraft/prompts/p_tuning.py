@@ -123,6 +123,6 @@ class PTuning(Table):
 
     def made(self, rows: Tensor) -> Tensor:
         if "lstm_head" in self._modules:
-            rows = self.lstm_head(rows[None])[0][0] if rows.dim() == 2 else self.lstm_head(rows)[0]
+            rows = self.lstm_head(rows)[0]
         made: Tensor = self.mlp_head(rows)
         return made
