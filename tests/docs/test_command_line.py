@@ -16,7 +16,8 @@ from tests.docs import page
 ROOT = page.DOCS.parent
 PAGES = [*ROOT.glob("*.md"), *page.DOCS.rglob("*.md"), ROOT / "demo" / "README.md"]
 IN_BLOCK = re.compile(
-    r"^(?:\$ )?(?:[A-Z_]+=\S+ )*(?:[^\n|]*\| )?multigraft ([a-z].*(?:\\\n.*)*)", re.MULTILINE
+    r"^\s*(?:\$ )?(?:[A-Z_]+=\S+ )*(?:[^\n|]*(?:\||-m) )?multigraft ([a-z].*(?:\\\n.*)*)",
+    re.MULTILINE,
 )
 IN_TEXT = re.compile(r"^multigraft ([a-z].*)")
 
