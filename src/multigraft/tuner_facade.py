@@ -36,7 +36,7 @@ class TunerFacade:
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
         """A model's config as a dictionary; of a model without one, that it is a custom one."""
-        config = getattr(model, "config", WITHOUT_CONFIG)
+        config: Any = getattr(model, "config", WITHOUT_CONFIG)
         if hasattr(config, "to_dict"):
             config = config.to_dict()
         elif dataclasses.is_dataclass(config) and not isinstance(config, type):

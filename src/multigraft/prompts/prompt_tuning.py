@@ -91,12 +91,12 @@ class PromptTuning(Table):
         self.begin_from(getattr(words, "base_layer", words))  # the base's own, whoever adapts it
 
     @torch.no_grad()
-    def begin_from(self, words: nn.Module) -> None:
+    def begin_from(self, words: Any) -> None:
         """Take the first values from the embeddings of words, as the config says."""
         device = next(words.parameters()).device
         rows = len(self.embedding.weight)
         if self.config.prompt_tuning_init == PromptTuningInit.SAMPLE_VOCAB:
-            ids = torch.randint(0, words.num_embeddings, (rows,))  # type: ignore[arg-type]
+            ids = torch.randint(0, words.num_embeddings, (rows,))
         elif self.config.prompt_tuning_init == PromptTuningInit.TEXT:
             ids = _text_ids(self.config)
             ids = ids.repeat(-(-rows // len(ids)))[:rows]
