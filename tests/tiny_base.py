@@ -16,7 +16,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 PAIRS = [(f"Input: {n}\nOutput:\n", f"{n * 7 % 100:03d}") for n in range(12)]
 
 
-def write_base(folder: Path, *, template: bool = True, seed: int = 0) -> Path:
+def write_base(folder: Path, *, template: bool = True, seed: int = 0, kv_heads: int = 1) -> Path:
     """A folder as `save_pretrained` writes it; without a chat template if so wished."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -27,7 +27,7 @@ def write_base(folder: Path, *, template: bool = True, seed: int = 0) -> Path:
         intermediate_size=24,
         num_hidden_layers=2,
         num_attention_heads=2,
-        num_key_value_heads=1,
+        num_key_value_heads=kv_heads,
         max_position_embeddings=128,
         initializer_range=0.3,
         bos_token_id=0,

@@ -86,12 +86,24 @@ def test_two_processes_end_with_the_adapters_of_one(run_file, alone, tmp_path, s
 
 def test_two_processes_with_parts_of_every_layer_end_so_too(run_file, tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text(run_file.read_text().replace(", dropout: 0.3", ""))
+    base = write_base(tmp_path / "base", kv_heads=2)
+    text = run_file.read_text().replace(", dropout: 0.3", "")
+    file.write_text(re.sub(r"model: .*", f"model: {base}", text))
     run(file, tmp_path / "alone", 1)
     done = run(file, tmp_path / "out", 2, "--strategy", "tp")
     assert done.stdout.count("on 2 processes (tp)") == 1
     assert "checkpoint " in done.stdout
     assert_same(tmp_path / "alone", tmp_path / "out")
+
+
+def test_heads_that_do_not_divide_are_told(run_file, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(run_file.read_text().replace(", dropout: 0.3", ""))
+    words = command(file, tmp_path / "out", 2, "--strategy", "tp")
+    words.remove("--max-restarts=1")
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode != 0
+    assert "`num_key_value_heads` (=1) does not divide among 2 processes" in done.stderr
 
 
 def test_dropout_in_parts_is_refused(run_file, tmp_path, capsys):

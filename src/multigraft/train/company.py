@@ -6,23 +6,25 @@ Started by ``torchrun``; see `multigraft.distributed`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from multigraft.errors import ConfigError
+from multigraft.config import PeftConfig
+from multigraft.errors import ConfigError, did_you_mean
 from multigraft.model import PeftModel
-from multigraft.train.crew import ALONE, Crew, Ranked
-from multigraft.train.load import pick_device, pick_dtype
+from multigraft.train.crew import ALONE, Crew, Parted, Ranked
+from multigraft.train.load import fetch, pick_device, pick_dtype
 from multigraft.train.tasks import Task
 from multigraft.train.tasks.causal_lm import CausalLM
 
 if TYPE_CHECKING:
     from multigraft.distributed import Ranks
 
-STRATEGIES = ("ddp", "fsdp")
+STRATEGIES = ("ddp", "fsdp", "tp")
 
 
 @contextmanager
@@ -43,17 +45,48 @@ def launched(timeout: float, device: str) -> Iterator[Ranks | None]:
         yield ranks
 
 
-def crew_of(model: PeftModel, ranks: Ranks | None) -> Crew:
+def crew_of(model: PeftModel, ranks: Ranks | None, strategy: str) -> Crew:
     """Who makes the run of this model; the adapters get the first rank's values.
 
     Raises:
         TrainingError: the ranks do not hold the same base, or not the same adapters.
+        UnsupportedError: an adapter is no low-rank pair, and layers lie in parts.
     """
     if ranks is None or ranks.size == 1:
         return ALONE
-    from multigraft.distributed import Replicas
+    from multigraft.distributed import Replicas, TensorParallel
 
+    if strategy == "tp":
+        return Parted(ranks, TensorParallel(model))
     return Ranked(ranks, Replicas(model))
+
+
+def parted(source: str, task: Task, dtype: str, ranks: Ranks, quantize: str | None) -> nn.Module:
+    """A base whose layers lie in parts on the ranks, by transformers' own plan.
+
+    Raises:
+        CheckpointError: there is none at ``source``.
+        ConfigError: the task is another one, or the base is to be quantised.
+    """
+    if not isinstance(task, CausalLM) or quantize is not None:
+        raise ConfigError(
+            "`strategy` tp is for causal language models that are not quantised. Use ddp, or fsdp "
+            "for other tasks."
+        )
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = fetch(source, "model", AutoConfig.from_pretrained)
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(config, name, None)
+        if heads and heads % ranks.size:
+            raise ConfigError(
+                f"`strategy` tp: the model's `{name}` (={heads}) does not divide among "
+                f"{ranks.size} processes. Start a number that it does, or use fsdp."
+            )
+    kind = pick_dtype(dtype, ranks.device)
+    load = partial(AutoModelForCausalLM.from_pretrained, tp_plan="auto", dtype=kind)
+    base: nn.Module = fetch(source, "model", load)
+    return base.eval()
 
 
 def sharded(source: str, task: Task, dtype: str, ranks: Ranks, quantize: str | None) -> nn.Module:
@@ -79,3 +112,26 @@ def sharded(source: str, task: Task, dtype: str, ranks: Ranks, quantize: str | N
     base = task.load(source, dtype=dtype, device=str(ranks.device))
     shard(base)
     return base
+
+
+LAID = {"fsdp": sharded, "tp": parted}
+"""How the base is loaded where it is not whole on each process."""
+
+
+def check_strategy(strategy: str, configs: Sequence[PeftConfig]) -> None:
+    """Fail when there is no such strategy, or it does not take these adapters.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if strategy not in STRATEGIES:
+        raise ConfigError(
+            f"`strategy` (={strategy!r}) must be one of {', '.join(STRATEGIES)}."
+            f"{did_you_mean(strategy, STRATEGIES)}"
+        )
+    dropout = next((d for c in configs if (d := getattr(c, "lora_dropout", 0.0))), 0.0)
+    if strategy == "tp" and dropout:
+        raise ConfigError(
+            f"`dropout` (={dropout:g}): `strategy` tp has none, since every process sees a part of "
+            "the features. Set it to 0, or use ddp or fsdp."
+        )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from multigraft.distributed import Ranks, Replicas
+    from multigraft.distributed import Ranks, Replicas, TensorParallel
     from multigraft.train.lane import Lane
 
 
@@ -24,6 +24,9 @@ class Crew:
 
     rank = 0
     size = 1
+    """Among how many processes rows are shared out."""
+    is_parted = False
+    """Whether adapters lie in parts on several processes."""
 
     @property
     def is_main(self) -> bool:
@@ -82,6 +85,40 @@ class Ranked(Crew):
         """Every lane's gradients, in a few large collectives."""
         trained = [p for lane in lanes for p in lane.parameters]
         self._replicas.reduce(1.0, trained)
+
+    def agreed(self, value: Any) -> Any:
+        """Broadcast from the first one."""
+        held = [value]
+        torch.distributed.broadcast_object_list(held, src=0)
+        return held[0]
+
+
+class Parted(Crew):
+    """One of several processes that hold parts of every layer, and all see all rows.
+
+    Args:
+        ranks: this one, and how many there are.
+        parallel: the model's layers and adapters in parts.
+    """
+
+    is_parted = True
+
+    def __init__(self, ranks: Ranks, parallel: TensorParallel) -> None:
+        self._is_main = ranks.is_main
+        self._parallel = parallel
+
+    @property
+    def is_main(self) -> bool:
+        return self._is_main
+
+    def sums(self, values: Tensor) -> list[float]:
+        """The first one's, so that all decide alike."""
+        found: list[float] = self.agreed(values.tolist())
+        return found
+
+    def reduce(self, lanes: Iterable[Lane]) -> None:
+        """What each process has of the gradients of whole factors is added up."""
+        self._parallel.reduce()
 
     def agreed(self, value: Any) -> Any:
         """Broadcast from the first one."""

@@ -13,10 +13,10 @@ from torch import nn
 
 from multigraft.config import PeftConfig
 from multigraft.containers import check_name
-from multigraft.errors import CheckpointError, ConfigError, TrainingError, did_you_mean
+from multigraft.errors import CheckpointError, ConfigError, TrainingError
 from multigraft.kbit import prepare_model_for_kbit_training
 from multigraft.model import PeftModel
-from multigraft.train.company import STRATEGIES, crew_of, sharded
+from multigraft.train.company import LAID, check_strategy, crew_of
 from multigraft.train.dataset import DataSet, Loaded, Split, load_data, records_of
 from multigraft.train.entrant import Entrant
 from multigraft.train.formats import AUTO
@@ -116,8 +116,9 @@ class Job:
         overwrite: replace adapters that lie in ``output`` already.
         resume: go on from the last checkpoint in ``output``.
         log_to: trackers that get the curves besides the logs, by name.
-        strategy: how several processes share the run: ``"ddp"``, the whole base on each, or
-            ``"fsdp"``, a part of it on each.
+        strategy: how several processes share the run: ``"ddp"``, the whole base and some rows on
+            each; ``"fsdp"``, parts of the base that are put together layer by layer; ``"tp"``,
+            parts of every layer and all rows on each.
         report: whether a page on the adapters and their curves is written at the end.
     """
 
@@ -171,7 +172,7 @@ class Job:
         for adapter, (own, held_out) in zip(self.adapters, data, strict=True):
             _check_lengths(own.train, held_out, base, adapter.max_length)
         model = self._attach(base, task)
-        crew = crew_of(model, ranks)
+        crew = crew_of(model, ranks, self.strategy)
         entrants = [
             self._entrant(adapter, model, tokenizer, task, own.train, held_out)
             for adapter, (own, held_out) in zip(self.adapters, data, strict=True)
@@ -186,8 +187,8 @@ class Job:
     def _load(self, task: Task, ranks: Ranks | None) -> nn.Module:
         if ranks is None or ranks.size == 1:
             device = self.device
-        elif self.strategy == "fsdp":
-            return sharded(self.model, task, self.dtype, ranks, self.quantize)
+        elif self.strategy in LAID:
+            return LAID[self.strategy](self.model, task, self.dtype, ranks, self.quantize)
         else:
             device = str(ranks.device)
         return task.load(self.model, dtype=self.dtype, device=device, quantize=self.quantize)
@@ -264,11 +265,7 @@ class Job:
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise ConfigError(f"`adapters`: two are called `{twice}`. Give each a name of its own.")
-        if self.strategy not in STRATEGIES:
-            raise ConfigError(
-                f"`strategy` (={self.strategy!r}) must be one of {', '.join(STRATEGIES)}."
-                f"{did_you_mean(self.strategy, STRATEGIES)}"
-            )
+        check_strategy(self.strategy, [adapter.config for adapter in self.adapters])
         if self.save_every < 0 or self.keep < 1:
             raise ConfigError(
                 f"`save_every` (={self.save_every}) must be at least 0 and `keep` (={self.keep}) "

@@ -20,12 +20,14 @@ from multigraft.schedule import advance
 from multigraft.train import optimizer
 from multigraft.train.batches import Batch, GroupedOrder, Order, collate_packed
 from multigraft.train.crew import ALONE, Crew
+from multigraft.train.optimizer import alike
 from multigraft.train.packing import pack
 from multigraft.train.recipe import Recipe
 from multigraft.train.seeding import mixed_seed
 from multigraft.train.store import lengths_of
 from multigraft.train.tasks import Task
 from multigraft.train.tasks.causal_lm import CausalLM
+from multigraft.whole import fill, full_shape, is_parted, whole
 
 
 @dataclass
@@ -144,7 +146,11 @@ class Lane:
 
     def norm(self) -> Tensor:
         """The norm of all gradients that are there, a scalar on their device."""
-        return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        found = [
+            whole(nn.utils.get_total_norm([p.grad for p in own if p.grad is not None]))
+            for own in alike(self.parameters)
+        ]
+        return found[0] if len(found) == 1 else torch.linalg.vector_norm(torch.stack(found))
 
     def check(self, norm: float) -> None:
         """Fail when the gradient is not finite.
@@ -165,8 +171,8 @@ class Lane:
             norm: theirs.
             loss, tokens: of what they are from.
         """
-        if self.recipe.clip:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.recipe.clip, norm)
+        for own in alike(self.parameters) if self.recipe.clip else ():
+            nn.utils.clip_grads_with_norm_(own, self.recipe.clip, norm)
         for group in self.optimizer.param_groups:
             # Groups that learn faster than the recipe says do so by the same factor throughout.
             share = group.setdefault("share", group["lr"] / self.recipe.lr)
@@ -184,24 +190,30 @@ class Lane:
 
     def values(self) -> list[Tensor]:
         """Copies of the adapter's tensors as they are now, on the CPU."""
-        return [p.detach().to("cpu", copy=True) for p in self.parameters]
+        return [whole(p.detach()).to("cpu", copy=True) for p in self.parameters]
 
     @torch.no_grad()
     def take(self, values: Sequence[Tensor]) -> None:
         """Give the adapter's tensors these values."""
         for parameter, value in zip(self.parameters, values, strict=True):
-            parameter.copy_(value)
+            fill(parameter, value.to(parameter))
+
+    def _numbered(self, number: int) -> nn.Parameter:
+        """The parameter that the optimiser knows by this number."""
+        held = [p for group in self.optimizer.param_groups for p in group["params"]]
+        found: nn.Parameter = held[number]
+        return found
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything the next steps depend on: tensors by name, and values that JSON holds."""
-        tensors = {f"parameter.{n}": p.detach() for n, p in enumerate(self.parameters)}
+        tensors = {f"parameter.{n}": whole(p.detach()) for n, p in enumerate(self.parameters)}
         plain: dict[str, dict[str, Any]] = {}
         # As it is, not as `state_dict` wraps it: bitsandbytes puts a mapping around its tensors.
         held = (p for group in self.optimizer.param_groups for p in group["params"])
         for n, parameter in enumerate(held):
             for name, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
-                    tensors[f"optimizer.{n}.{name}"] = value
+                    tensors[f"optimizer.{n}.{name}"] = whole(value)
                 else:
                     plain.setdefault(str(n), {})[name] = value
         values: dict[str, Any] = {
@@ -237,7 +249,7 @@ class Lane:
         for key, tensor in tensors.items():
             if key.startswith("optimizer."):
                 _, n, name = key.split(".", 2)
-                entries.setdefault(int(n), {})[name] = tensor
+                entries.setdefault(int(n), {})[name] = _laid(tensor, self._numbered(int(n)))
         for n, plain in values["optimizer"].items():
             entries.setdefault(int(n), {}).update(plain)
         self.optimizer.load_state_dict({**whole, "state": entries})
@@ -252,6 +264,15 @@ class Lane:
             schedule.restore(more, values["schedule"])
         self.step, self.tokens = values["step"], values["tokens"]
         self.losses = list(values["losses"])
+
+
+def _laid(value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """A tensor of the optimiser, in parts where its parameter is."""
+    if not is_parted(parameter) or tuple(value.shape) != full_shape(parameter):
+        return value
+    held = torch.zeros_like(parameter, dtype=value.dtype, requires_grad=False)
+    fill(held, value)
+    return held
 
 
 def _schedule_of(lane: Lane) -> Schedule:

@@ -11,9 +11,11 @@ from torch import nn
 from multigraft.errors import ConfigError
 from multigraft.optimizers.eight_bit import adamw8bit, paged_adamw8bit
 from multigraft.registry import Registry
+from multigraft.whole import is_parted
 
+Groups = list[dict[str, list[nn.Parameter]]]
 Make = Callable[..., torch.optim.Optimizer]
-"""Called with the parameters, ``lr``, ``weight_decay`` and options."""
+"""Called with groups of parameters, ``lr``, ``weight_decay`` and options."""
 
 OPTIMIZERS: Registry[Make] = Registry("optimizer")
 
@@ -34,24 +36,37 @@ def make(
     """
     factory = OPTIMIZERS[name]
     try:
-        return factory(list(parameters), lr=lr, weight_decay=weight_decay, **options)
+        groups = [{"params": own} for own in alike(parameters)]
+        return factory(groups, lr=lr, weight_decay=weight_decay, **options)
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"`optimizer_options` (={dict(options)!r}): {name} does not take them ({error})."
         ) from error
 
 
-def _adamw(parameters: list[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
+def alike(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters that lie in parts on several processes apart from the others.
+
+    Operators over many tensors do not take both at once.
+    """
+    apart: dict[bool, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        apart.setdefault(is_parted(parameter), []).append(parameter)
+    return list(apart.values())
+
+
+def _adamw(groups: Groups, **options: Any) -> torch.optim.Optimizer:
     # One kernel for all tensors, wherever torch has it.
-    return torch.optim.AdamW(parameters, **{"fused": _can_fuse(parameters), **options})
+    return torch.optim.AdamW(groups, **{"fused": _can_fuse(groups), **options})
 
 
-def _can_fuse(parameters: Sequence[nn.Parameter]) -> bool:
+def _can_fuse(groups: Groups) -> bool:
+    parameters = [parameter for group in groups for parameter in group["params"]]
     return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
 
 
-def _sgd(parameters: list[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, **options)
+def _sgd(groups: Groups, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, **options)
 
 
 OPTIMIZERS.register("adamw", _adamw)

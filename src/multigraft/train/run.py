@@ -44,7 +44,7 @@ class Run:
         self.model = model
         self.entrants = list(entrants)
         self.crew = crew
-        self.saves = saves if crew.is_main else None
+        self.saves = saves if crew.is_main or crew.is_parted else None
         self.on_event = on_event or (lambda event: None)
         self.on_finish = on_finish or (lambda entrant: None)
         self.round = 0
@@ -90,7 +90,8 @@ class Run:
                 while self.live:
                     self._go_round()
             except (KeyboardInterrupt, TrainingError, CheckpointError):
-                self.save()
+                if not self.crew.is_parted:  # the others may be elsewhere
+                    self.save()
                 raise
         self.model.roster.set_active(names[:1])
         failed = [e.message for e in self.entrants if e.end == "failed"]
@@ -104,7 +105,9 @@ class Run:
         if self.saves is None:
             return
         try:
-            folder = self.saves.write(self.model, self.entrants, self.round, self.seconds)
+            folder = self.saves.write(
+                self.model, self.entrants, self.round, self.seconds, is_main=self.crew.is_main
+            )
         except CheckpointError as error:
             warnings.warn(str(error), MultigraftWarning, stacklevel=2)
         else:

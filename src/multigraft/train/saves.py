@@ -83,22 +83,30 @@ class Saves:
         return round % self.every == 0
 
     def write(
-        self, model: PeftModel, entrants: Sequence[Entrant], round: int, seconds: float
+        self,
+        model: PeftModel,
+        entrants: Sequence[Entrant],
+        round: int,
+        seconds: float,
+        *,
+        is_main: bool = True,
     ) -> Path:
         """Write a checkpoint, and remove those that are older than the ones that are kept.
+
+        Args:
+            is_main: whether this process writes. Where tensors lie in parts on several, all call.
 
         Raises:
             CheckpointError: the disk refuses; older checkpoints are as they were.
         """
         target = self.folder / f"round-{round:06d}"
         states = {entrant.name: entrant.state() for entrant in entrants}
+        files = {name: files_of(model.roster, name, model.roster.root) for name in states}
 
         def fill(folder: Path) -> None:
-            adapters = {}
             for name, (tensors, _) in states.items():
                 write_tensors(_plain(tensors), folder / f"{name}.safetensors")
-                adapters[folder / name] = files_of(model.roster, name, model.roster.root)
-            checkpoint.save(folder, adapters)
+            checkpoint.save(folder, {folder / name: own for name, own in files.items()})
             state = {
                 "format": FORMAT,
                 "asked": self.asked,
@@ -108,10 +116,11 @@ class Saves:
             }
             write_utf8(folder / STATE, json.dumps(state))
 
-        place_folder(target, fill)
+        if is_main:
+            place_folder(target, fill)
+            for old in found_in(self.folder)[self.keep :]:
+                shutil.rmtree(old, ignore_errors=True)
         self.last = target
-        for old in found_in(self.folder)[self.keep :]:
-            shutil.rmtree(old, ignore_errors=True)
         return target
 
     def clear(self) -> None:

@@ -108,5 +108,5 @@ class RunSpec(AdapterKeys):
         default_factory=list, description="Trackers for the curves: tensorboard, wandb, trackio."
     )
     report: bool = Field(True, description="Write a page on the adapters at the end.")
-    strategy: str = Field("ddp", description="Of several processes: ddp, or fsdp.")
+    strategy: str = Field("ddp", description="Of several processes: ddp, fsdp or tp.")
     timeout: float = Field(600.0, description="Seconds until a process that hangs is given up.")
