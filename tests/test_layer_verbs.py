@@ -199,6 +199,7 @@ def test_adapters_that_somebody_took_out_of_the_model_are_forgotten(net: Any) ->
     again = get_peft_model(net, LoraConfig(target_modules=["lin0"]), "a")
     assert list(again.peft_config) == ["a"] and again.active_adapters == ["a"]
     assert torch.equal(net.lin0.base_layer.weight, fused) and not net.lin0.merged
+    assert again.base_model.roster.merged == []
     again.delete_adapter("a")
     assert {n for n, p in net.named_parameters() if p.requires_grad} == trainable
 

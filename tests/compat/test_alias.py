@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 
+import multigraft
 from multigraft.compat import install_as_peft, is_installed, uninstall
 from multigraft.errors import StateError
 from tests.compat.running import output
@@ -26,7 +27,8 @@ assert importlib.util.find_spec("peft").name == "peft"
 assert importlib.metadata.version("peft") == importlib.metadata.metadata("peft")["Version"]
 assert importlib.metadata.version("PEFT").split(".") >= ["0", "20", "0"]
 assert "peft" in importlib.metadata.packages_distributions()["peft"]
-assert importlib.metadata.version("torch")
+assert importlib.metadata.version("torch") == importlib.metadata.metadata("torch")["Version"]
+assert importlib.metadata.metadata("torch")["Name"] == "torch"
 
 import peft
 assert peft.__version__ == importlib.metadata.version("peft")
@@ -125,7 +127,7 @@ def test_it_works_where_peft_is_not_installed(tmp_path: Path) -> None:
     for entry in packages.iterdir():
         if not entry.name.startswith("peft"):
             (tmp_path / entry.name).symlink_to(entry)
-    source = Path(__file__).parents[2] / "src"
+    source = Path(multigraft.__file__).parents[1]
     code = f"import sys; sys.path[:0] = [{str(source)!r}, {str(tmp_path)!r}]\n{WITHOUT_PEFT}"
     assert output("-S", "-c", code).split("\n")[0] == "PEFT is not installed"
 

@@ -164,6 +164,7 @@ def test_a_kind_of_layer_names_the_groups_that_pefts_class_names(name: str) -> N
     module = getattr(peft.tuners, method or name.removesuffix("Layer").lower()).layer
     theirs, ours = getattr(module, name).adapter_layer_names, getattr(kinds, name)
     assert set(ours.adapter_layer_names) == set(theirs) - {"oft_embedding_R"}
+    assert kinds.BaseTunerLayer.adapter_layer_names == ()
 
 
 def test_what_is_saved_or_trained_beside_is_auxiliary() -> None:

@@ -81,7 +81,8 @@ def loaded(found: dict[str, Any], one: Tensor) -> None:
     info = model.load_adapter(folder)
     found["load report"] = type(info).__name__, sorted(info.missing_keys | info.unexpected_keys)
     found["loaded"] = apart(logits(model), one), trained(model)
-    model.load_adapter(folder, adapter_name="again", is_trainable=True)
+    info = model.load_adapter(folder, adapter_name="again", is_trainable=True)
+    found["second load report"] = type(info).__name__
     found["loaded beside"] = list(model.peft_config), apart(logits(model), one), trained(model)
     model.set_adapter("default")
     found["the first was kept"] = apart(logits(model), one)
