@@ -202,6 +202,18 @@ def test_what_cannot_be_merged_is_refused(bases: dict[str, Path], tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
+def test_a_head_that_the_base_lacks_is_refused_with_the_remedy(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(bases["untied"], num_labels=3)
+    config = mg.LoraConfig(target_modules=["q_proj"], r=4, task_type="SEQ_CLS")
+    mg.get_peft_model(model, config).save_pretrained(tmp_path / "a")
+    with pytest.raises(UnsupportedError, match=r"`score` \(for SEQ_CLS\).*merge_and_unload"):
+        merge_files([tmp_path / "a"], tmp_path / "out", base=bases["untied"])
+
+
 def test_a_quantised_base_is_refused_with_the_remedy(
     bases: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -73,8 +73,10 @@ class _Opened:
         self.base.model.name_or_path = source  # type: ignore[assignment]
         return self.base.model
 
-    def prepare(self, _: nn.Module, named: Mapping[str, AdapterFiles]) -> None:
+    def prepare(self, model: nn.Module, named: Mapping[str, AdapterFiles]) -> None:
         assert self.base is not None, "the base was loaded before"
+        for name, files in named.items():
+            _refuse_heads(model, name, files)
         self.base.fit(named.values())
 
 
@@ -151,6 +153,22 @@ def merge_files(
         untied=sorted(made.added),
         verdict=found,
     )
+
+
+def _refuse_heads(model: nn.Module, name: str, files: AdapterFiles) -> None:
+    """Fail where an adapter brings a module that the base has not, such as a classifier's head."""
+    paths = {path for path, _ in model.named_modules()}
+    for saved in getattr(files.config, "modules_to_save", None) or ():
+        brought = {key.rpartition(".")[0] for key in files.tensors if f".{saved}." in f".{key}"}
+        new = sorted(path for path in brought if path not in paths)
+        if new:
+            task = f" (for {files.config.task_type})" if files.config.task_type else ""
+            raise UnsupportedError(
+                f"`{name}` brings a module of its own, `{new[0]}`{task}, "
+                f"which {type(model).__name__} has not, so its files are not the merged model's. "
+                "Merge in memory: AutoPeftModelFor….from_pretrained(adapter).merge_and_unload(), "
+                "and save that with save_pretrained()."
+            )
 
 
 def _refuse_begun(base: MappedModel, handle: PeftModel) -> None:
