@@ -130,25 +130,24 @@ def test_a_flag_joined_with_the_program_is_parted_from_it() -> None:
     assert in_child([PYTHON, "-uc", "pass"]) == [PYTHON, "-u", str(CHILD), "-c", "pass"]
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["git", "status"],
-        [],
-        [PYTHON],
-        [PYTHON, "-"],
-        [PYTHON, "--version"],
-        [PYTHON, "-V"],
-        [PYTHON, "-S", "x.py"],
-        [PYTHON, "-c"],
-        [PYTHON, str(CHILD), "x.py"],
-        [PYTHON, "-m", "multigraft.compat", "x.py"],
-        [object()],
-    ],
-    ids=str,
-)
-def test_any_other_command_stays_as_it_is(command: list[str]) -> None:
-    assert in_child(command) == command
+LEFT_ALONE: dict[str, list[object]] = {
+    "another program": ["git", "status"],
+    "nothing": [],
+    "the interpreter alone": [PYTHON],
+    "what comes from a pipe": [PYTHON, "-"],
+    "the version": [PYTHON, "--version"],
+    "the version, shortly": [PYTHON, "-V"],
+    "no packages": [PYTHON, "-S", "x.py"],
+    "code without code": [PYTHON, "-c"],
+    "a child": [PYTHON, str(CHILD), "x.py"],
+    "the alias itself": [PYTHON, "-m", "multigraft.compat", "x.py"],
+    "no text": [object()],
+}
+
+
+@pytest.mark.parametrize("what", LEFT_ALONE)
+def test_any_other_command_stays_as_it_is(what: str) -> None:
+    assert in_child(LEFT_ALONE[what]) == LEFT_ALONE[what]
 
 
 def test_the_python_of_another_environment_is_left_alone(tmp_path: Path) -> None:
