@@ -94,3 +94,60 @@ def test_help_shows_an_example(run):
     code, out, _ = run("--help")
     assert code == 0
     assert "multigraft plan Qwen/Qwen3-0.6B" in " ".join(out.split())
+
+
+def test_many_gpus_have_a_line_each_with_estimates_called_so(run, base_dir):
+    code, out, _ = run(str(base_dir), "--max-length", "64", "--gpus", "1,8", "--strategy", "ddp")
+    lines = out.splitlines()
+    assert code == 0
+    assert "memory of each" in lines[0] and "(estimate)" in lines[0]
+    assert [line.split()[0] for line in lines[1:3]] == ["1", "8"]
+    assert "Seconds are estimates" in out
+    code, out, _ = run(str(base_dir), "--max-length", "64", "--gpus", "1,8", "--json")
+    assert [row["strategy"] for row in json.loads(out)] == ["fsdp", "fsdp"]
+
+
+def test_gpus_are_numbers(run, base_dir):
+    code, _, err = run(str(base_dir), "--gpus", "many")
+    assert code == 2
+    assert "GPUs are counted" in err
+
+
+@pytest.fixture
+def run_file(base_dir, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"model: {base_dir}\noutput: {tmp_path / 'out'}\ndata: nowhere.jsonl\nmax_length: 64\n"
+        "batch_size: 4\nadapters:\n  - {name: a, rank: 4}\n"
+        "  - {name: b, rank: 8, batch_size: 2, optimizer: sgd}\n"
+    )
+    return str(path)
+
+
+def test_a_runs_file_is_planned_with_every_adapter_of_it(run, run_file):
+    code, out, _ = run(run_file, "--json", "--memory", "8GiB")
+    found = json.loads(out)
+    assert code == 0
+    assert found["adapters"] == {"a": "LORA", "b": "LORA"}
+    assert found["batch_size"] == {"a": 4, "b": 2}
+    assert (found["max_length"], found["optimizer"]) == (64, "adamw")
+
+
+def test_flags_win_over_a_runs_file(run, run_file):
+    _, out, _ = run(run_file, "--json", "--batch-size", "3", "--gradient-checkpointing")
+    found = json.loads(out)
+    assert found["batch_size"] == 3
+    assert found["gradient_checkpointing"] is True
+
+
+def test_the_gpus_of_a_run_share_the_rows_of_its_batches(run, run_file):
+    _, out, _ = run(run_file, "--json", "--gpus", "1,2", "--batch-size", "4")
+    one, two = json.loads(out)
+    assert (one["strategy"], one["tokens"], two["tokens"]) == ("ddp", 512, 512)
+    assert two["flops"] == one["flops"] / 2
+
+
+def test_a_runs_file_says_what_its_adapters_are(run, run_file):
+    code, _, err = run(run_file, "--rank", "4")
+    assert code == 2
+    assert "a run's file says what its adapters are" in err

@@ -7,7 +7,7 @@ import torch
 
 from multigraft.errors import ConfigError, UnsupportedError
 from multigraft.planning.flops import flops_of
-from multigraft.planning.memory import Request
+from multigraft.planning.request import Request
 from multigraft.planning.strategies import STRATEGIES
 from multigraft.planning.traffic import Traffic
 from tests.planning import distribution_jobs as jobs

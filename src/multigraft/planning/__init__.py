@@ -7,9 +7,18 @@
 The step runs on tensors without memory, so that the plan knows no architecture. See `docs/plan.md`.
 """
 
-from multigraft.planning.cluster import ClusterPlan, as_rows, cluster_table, clusters, notes
-from multigraft.planning.memory import MemoryPlan, Request, plan, planned
+from multigraft.planning.cluster import (
+    ClusterPlan,
+    as_rows,
+    cluster_table,
+    clusters,
+    notes,
+    spread_over,
+)
+from multigraft.planning.memory import MemoryPlan, plan, planned
 from multigraft.planning.remedies import Remedy, advice, out_of_memory, remedies
+from multigraft.planning.request import Request
+from multigraft.planning.run import request_of
 from multigraft.planning.sizes import as_text, bytes_of
 from multigraft.planning.step import PARTS, Step, run_step
 from multigraft.planning.table import as_data, text
@@ -33,6 +42,8 @@ __all__ = [
     "plan",
     "planned",
     "remedies",
+    "request_of",
     "run_step",
+    "spread_over",
     "text",
 ]

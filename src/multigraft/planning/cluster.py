@@ -14,7 +14,8 @@ from typing import Any
 
 from multigraft.config import PeftConfig
 from multigraft.errors import ConfigError
-from multigraft.planning.memory import MemoryPlan, Request, allowance, planned
+from multigraft.planning.memory import MemoryPlan, allowance, planned
+from multigraft.planning.request import Request
 from multigraft.planning.sizes import as_text, bytes_of
 from multigraft.planning.step import BASE
 from multigraft.planning.strategies import GATHERED, STRATEGIES, OfRank
@@ -80,8 +81,8 @@ class ClusterPlan:
     def tokens(self) -> int:
         """Of a step, on all GPUs together."""
         request = self.request
-        rows = self.of_rank.rows * len(request.adapters) * request.accumulate
-        return rows * request.max_length
+        own = sum(load.rows * load.tokens for load in request.loads())
+        return own * request.accumulate * self.of_rank.copies
 
     @property
     def seconds(self) -> tuple[float, float]:
@@ -119,20 +120,39 @@ def clusters(
         MultigraftError: as for `plan`; or the strategy cannot do this.
     """
     named = adapters if isinstance(adapters, Mapping) else {"default": adapters}
-    run = STRATEGIES[strategy]
-    _check_gpus(gpus)
-    rate = bytes_of(link, "link") if isinstance(link, str) else link
     request = Request(model, dict(named), **options)
-    known: dict[int, MemoryPlan] = {}
+    return spread_over(dict.fromkeys(gpus, request), strategy, link=link, speed=speed)
+
+
+def spread_over(
+    requests: Mapping[int, Request],
+    strategy: str,
+    *,
+    link: str | float = LINK,
+    speed: str | float = SPEED,
+) -> Iterator[ClusterPlan]:
+    """The same for what each of so many GPUs is asked to do; see `clusters`.
+
+    Args:
+        requests: by how many GPUs there are.
+    """
+    run = STRATEGIES[strategy]
+    rate = bytes_of(link, "link") if isinstance(link, str) else link
+    operating = operations(speed)
+    for count in requests:
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ConfigError(f"`gpus` (={count!r}) must be an integer of at least 1.")
+    known: list[tuple[Request, MemoryPlan]] = []
 
     def plan_of(asked: Request) -> MemoryPlan:
-        if asked.ranks not in known:
-            known[asked.ranks] = planned(asked)
-        return known[asked.ranks]
+        found = next((plan for request, plan in known if request == asked), None)
+        if found is None:
+            known.append((asked, found := planned(asked)))
+        return found
 
-    for count in gpus:
+    for count, request in requests.items():
         found = run(request, count, plan_of)
-        yield ClusterPlan(request, strategy, count, found, rate, operations(speed))
+        yield ClusterPlan(request, strategy, count, found, rate, operating)
 
 
 def operations(value: str | float) -> float:
@@ -202,9 +222,3 @@ def as_rows(plans: Sequence[ClusterPlan]) -> list[dict[str, Any]]:
         }
         for plan in plans
     ]
-
-
-def _check_gpus(gpus: Sequence[int]) -> None:
-    for count in gpus:
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise ConfigError(f"`gpus` (={count!r}) must be an integer of at least 1.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,77 +13,19 @@ from torch import Tensor, nn
 
 from multigraft.config import PeftConfig
 from multigraft.distributed.replicas import owned_tensors
-from multigraft.errors import ConfigError, did_you_mean
+from multigraft.errors import ConfigError
 from multigraft.planning import skeleton
 from multigraft.planning.batch import largest_batch
 from multigraft.planning.optimizers import maker
 from multigraft.planning.parallel import Meter, divide
-from multigraft.planning.sizes import bytes_of, memory_here
+from multigraft.planning.request import Load, Request
 from multigraft.planning.step import ADAPTERS, BASE, OPTIMIZER, Step, run_step
 from multigraft.planning.traffic import Traffic
 
-DEVICES = ("cuda", "cpu")
 CONTEXT = 640 << 20
 """Bytes of a GPU that are nobody's tensors: the driver's context, and the libraries' workspaces."""
 FRAGMENTS = 0.05
 """Share of what is not weights that a GPU's allocator may hold in pieces that nothing fits into."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """A training step on paper.
-
-    Args:
-        model: a directory, an id on the hub, a config of transformers, or a model.
-        adapters: configs by name; all of them train in every step.
-        batch_size: rows of each adapter.
-        max_length: tokens of a row.
-        dtype: of the base.
-        quantize: None, ``"nf4"``, ``"fp4"`` or ``"int8"``.
-        optimizer: its name in a run.
-        gradient_checkpointing: blocks are computed again in the backward pass.
-        accumulate: parts of a step that run one after another.
-        device: whose kernels are counted with, ``"cuda"`` or ``"cpu"``.
-        memory: bytes, or text such as ``"80GiB"``; the first GPU's by default.
-        ranks: how many each layer is divided over, by tensor parallelism.
-    """
-
-    model: Any
-    adapters: Mapping[str, PeftConfig]
-    batch_size: int = 8
-    max_length: int = 1024
-    dtype: str = "auto"
-    quantize: str | None = None
-    optimizer: str = "adamw"
-    gradient_checkpointing: bool = False
-    accumulate: int = 1
-    device: str = "cuda"
-    memory: str | int | None = None
-    ranks: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "max_length", "accumulate", "ranks"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"`{name}` (={value!r}) must be an integer of at least 1.")
-        if self.device.partition(":")[0] not in DEVICES:
-            raise ConfigError(
-                f"`device` (={self.device!r}) must be one of {', '.join(DEVICES)}."
-                f"{did_you_mean(self.device, DEVICES)}"
-            )
-        if self.memory is not None:
-            bytes_of(self.memory)
-
-    @property
-    def available(self) -> int | None:
-        """Bytes that there are, if anybody knows."""
-        if self.memory is not None:
-            return bytes_of(self.memory)
-        return None if self.device == "cpu" else memory_here()
-
-    def but(self, **changes: Any) -> Request:
-        """The same with other values."""
-        return dataclasses.replace(self, **changes)
 
 
 class Bench:
@@ -96,9 +38,9 @@ class Bench:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.make = maker(request.optimizer)
-        base = skeleton.bones(request.model)
+        base = skeleton.bones(request.model, request.head)
         self.parameters = sum(p.numel() for p in base.parameters())
-        self._check_length(base)
+        _check_length(base, request.longest)
         skeleton.frozen_base(base, request.dtype, request.quantize, request.gradient_checkpointing)
         styles = divide(base, request.ranks) if request.ranks > 1 else {}
         self.base = base
@@ -106,10 +48,14 @@ class Bench:
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.meter = Meter(base, styles, request.ranks)
 
-    def step(self, rows: int) -> Step:
-        """A step with so many rows of each adapter, at the costliest of its forwards."""
-        companies = skeleton.companies(self.model, list(self.request.adapters))
-        found = [self._run(names, rows) for names in companies]
+    def step(self, rows: int | None = None) -> Step:
+        """A step with so many rows of each adapter, at the costliest of its forwards.
+
+        Args:
+            rows: those that are asked for, by default.
+        """
+        loads = self.request.loads(rows)
+        found = [self._run(company) for company in skeleton.companies(self.model, loads)]
         flops = self.request.accumulate * sum(step.flops for step in found)
         return dataclasses.replace(max(found, key=lambda step: step.peak), flops=flops)
 
@@ -117,13 +63,14 @@ class Bench:
         """Every tensor of every adapter."""
         return owned_tensors(self.model.roster)
 
-    def _run(self, names: list[str], rows: int) -> Step:
+    def _run(self, loads: Sequence[Load]) -> Step:
         request = self.request
-        batch = skeleton.arguments(self.base, rows * len(names), request.max_length)
-        if len(names) > 1:
-            batch["adapter_names"] = [name for name in names for _ in range(rows)]
+        rows, tokens = sum(load.rows for load in loads), max(load.tokens for load in loads)
+        batch = skeleton.arguments(self.base, rows, tokens)
+        if len(loads) > 1:
+            batch["adapter_names"] = [load.name for load in loads for _ in range(load.rows)]
         else:
-            self.model.roster.set_active(names)
+            self.model.roster.set_active([loads[0].name])
         return run_step(
             self.model,
             self.trained,
@@ -133,13 +80,6 @@ class Bench:
             device=request.device.partition(":")[0],
             accumulates=request.accumulate > 1,
         )
-
-    def _check_length(self, base: nn.Module) -> None:
-        limit = getattr(getattr(base, "config", None), "max_position_embeddings", None)
-        if limit and self.request.max_length > limit:
-            raise ConfigError(
-                f"`max_length` (={self.request.max_length}) is more than the model takes ({limit})."
-            )
 
 
 @dataclass(frozen=True)
@@ -194,7 +134,7 @@ class MemoryPlan:
         tensors = _for_tensors(self.request, available, self.parts[BASE])
         if sum(self.parts[part] for part in (BASE, ADAPTERS, OPTIMIZER)) > tensors:
             return 0
-        return largest_batch(self.bench.step, tensors, self.request.batch_size)
+        return largest_batch(self.bench.step, tensors, self.request.most_rows)
 
 
 def allowance(request: Request, peak: int, weights: int) -> int:
@@ -232,7 +172,7 @@ def plan(model: Any, adapters: PeftConfig | Mapping[str, PeftConfig], **options:
 def planned(request: Request) -> MemoryPlan:
     """The plan of a request; see `plan`."""
     bench = Bench(request)
-    step = bench.step(request.batch_size)
+    step = bench.step()
     return MemoryPlan(
         request,
         step.at_peak(),
@@ -243,3 +183,9 @@ def planned(request: Request) -> MemoryPlan:
         bench.meter.of_step(request.accumulate),
         bench,
     )
+
+
+def _check_length(base: nn.Module, longest: int) -> None:
+    limit = getattr(getattr(base, "config", None), "max_position_embeddings", None)
+    if limit and longest > limit:
+        raise ConfigError(f"`max_length` (={longest}) is more than the model takes ({limit}).")

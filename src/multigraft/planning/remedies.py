@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from multigraft.errors import MultigraftError
-from multigraft.planning.memory import MemoryPlan, Request, planned
-from multigraft.planning.sizes import as_text
+from multigraft.planning.memory import MemoryPlan, planned
+from multigraft.planning.request import Request
+from multigraft.planning.sizes import as_text, spread
 
 SHORTEST = 128
 """Rows are not shortened below so many tokens."""
@@ -51,27 +53,42 @@ def remedies(plan: MemoryPlan) -> list[Remedy]:
 
 def _changes(plan: MemoryPlan) -> Iterator[tuple[tuple[str, object], str]]:
     request = plan.request
-    if request.batch_size > 1:
-        fitting = plan.largest_batch or request.batch_size // 2
-        rows = max(1, min(fitting, request.batch_size - 1))
-        parts = -(-request.batch_size // rows) * request.accumulate
+    if request.most_rows > 1:
+        rows, times = _fewer_rows(plan)
+        parts = times * request.accumulate
         yield ("batch_size", rows), f"with `accumulate: {parts}` the step learns from as many rows"
     if not request.gradient_checkpointing:
         yield ("gradient_checkpointing", True), "about a third more time"
-    if request.max_length >= 2 * SHORTEST:
-        yield ("max_length", request.max_length // 2), "longer examples are cut"
+    if request.longest >= 2 * SHORTEST:
+        yield ("max_length", _halved(request.max_length)), "longer examples are cut"
     if request.quantize is None:
         yield ("quantize", "nf4"), "the base is rounded to 4 bits"
     if request.optimizer == "adamw":
         yield ("optimizer", "adamw8bit"), "the optimiser's state is rounded to 8 bits"
 
 
+def _fewer_rows(plan: MemoryPlan) -> tuple[int | dict[str, int], int]:
+    """The largest batch that fits, or half of what each adapter has; and how often it is needed."""
+    asked = plan.request.batch_size
+    if not isinstance(asked, int):
+        return _halved(asked), 2
+    fitting = plan.largest_batch or asked // 2
+    rows = max(1, min(fitting, asked - 1))
+    return rows, -(-asked // rows)
+
+
+def _halved(value: int | Mapping[str, int]) -> Any:
+    if isinstance(value, int):
+        return value // 2
+    return {name: max(1, own // 2) for name, own in value.items()}
+
+
 def advice(plan: MemoryPlan, most: int = 3) -> str:
     """What to lower and by how much, in a sentence or two; for a step that ran out of memory."""
     request = plan.request
     asked = (
-        f"A step with `batch_size` {request.batch_size} and `max_length` {request.max_length} "
-        f"takes about {as_text(plan.total)}"
+        f"A step with `batch_size` {spread(request.batch_size)} and `max_length` "
+        f"{spread(request.max_length)} takes about {as_text(plan.total)}"
     )
     available = request.available
     there = f" of {as_text(available)}" if available is not None else ""
@@ -90,8 +107,9 @@ def out_of_memory(request: Request) -> str:
         return advice(planned(request))
     except MultigraftError:  # the model cannot be planned; what helps is known all the same
         return (
-            f"Lower `batch_size` (={request.batch_size}) and raise `accumulate` by as much, lower "
-            f"`max_length` (={request.max_length}), or set `gradient_checkpointing`."
+            f"Lower `batch_size` (={spread(request.batch_size)}) and raise `accumulate` by as "
+            f"much, lower `max_length` (={spread(request.max_length)}), or set "
+            "`gradient_checkpointing`."
         )
 
 

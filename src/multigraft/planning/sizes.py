@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import torch
 
@@ -41,6 +42,14 @@ def as_text(size: float) -> str:
     number = size / UNITS[unit]
     digits = 0 if unit == "B" or number >= 100 else 1 if number >= 10 else 2
     return f"{sign}{number:,.{digits}f} {unit}"
+
+
+def spread(value: int | Mapping[str, int]) -> str:
+    """One number, or the least and the most of several: ``4 to 8``."""
+    if isinstance(value, int):
+        return str(value)
+    least, most = min(value.values()), max(value.values())
+    return str(least) if least == most else f"{least} to {most}"
 
 
 def memory_here() -> int | None:

@@ -16,35 +16,51 @@ from multigraft.errors import ConfigError, RoutingError, UnsupportedError, did_y
 from multigraft.kbit import prepare_model_for_kbit_training
 from multigraft.model import PeftModel
 from multigraft.planning.packed import pack
+from multigraft.planning.request import Load
 
 CHECKPOINTED = {"use_reentrant": False}
 
 
-def bones(source: Any) -> nn.Module:
+def bones(source: Any, head: str | None = None) -> nn.Module:
     """A base model of one's own on the meta device.
 
     Args:
         source: a directory or an id on the hub, a config of transformers, or a model, which is
             left alone; its values are not looked at.
+        head: a class of transformers, in place of the one that the source names; a model has its
+            own.
 
     Raises:
         CheckpointError: nothing can be made of the source.
         ConfigError: it is something else.
     """
-    from multigraft.train.skeleton import load_skeleton, model_class
+    from multigraft.train.skeleton import load_skeleton
 
-    if isinstance(source, (str, os.PathLike)):
-        return load_skeleton(source)
     if isinstance(source, nn.Module):
         return _without_memory(source)
+    if isinstance(source, (str, os.PathLike)):
+        found = load_skeleton(source)
+        if head is None:
+            return found
+        source = found.config
     if hasattr(source, "to_dict") and hasattr(source, "model_type"):
         with torch.device("meta"):
-            model: nn.Module = model_class(source)(copy.deepcopy(source))
+            model: nn.Module = _class(source, head)(copy.deepcopy(source))
         return model.eval()
     raise ConfigError(
         f"`model` (={type(source).__name__}) must be a directory, an id on the hub, a config of "
         "transformers, or a model."
     )
+
+
+def _class(config: Any, head: str | None) -> Any:
+    from multigraft.train.skeleton import model_class
+
+    if head is None:
+        return model_class(config)
+    import transformers
+
+    return getattr(transformers, head).from_config
 
 
 def _without_memory(model: nn.Module) -> nn.Module:
@@ -66,6 +82,9 @@ def frozen_base(model: nn.Module, dtype: str, quantize: str | None, checkpointin
         ConfigError: there is no such dtype or format, or the model cannot be checkpointed.
     """
     kind = dtype_of(model, dtype)
+    config: Any = getattr(model, "config", None)
+    if config is not None and getattr(config, "pad_token_id", 0) is None:
+        config.pad_token_id = 0  # classifiers ask where a row ends; a run takes the tokeniser's
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         if parameter.is_floating_point():
@@ -135,18 +154,34 @@ def adapted(base: nn.Module, adapters: Mapping[str, PeftConfig]) -> PeftModel:
     return model
 
 
-def companies(model: PeftModel, names: Sequence[str]) -> list[list[str]]:
-    """Which adapters share a forward: all that can serve single rows; each other one alone."""
-    together: list[str] = []
-    apart: list[list[str]] = []
-    for name in names:
-        try:
-            model.roster.check_batchable(name)
-        except RoutingError:
-            apart.append([name])
+def companies(model: PeftModel, loads: Sequence[Load]) -> list[list[Load]]:
+    """Which adapters share a forward, by the rule of a run.
+
+    Apart stay those that cannot serve single rows, and rows so much longer than the others that
+    most of the batch would be padding.
+    """
+    from multigraft.train.together import MOST_PADDING
+
+    found: list[list[Load]] = []
+    apart = [load for load in loads if not _is_batchable(model, load.name)]
+    for load in sorted((x for x in loads if x not in apart), key=lambda x: -x.tokens):
+        for company in found:
+            whole = [*company, load]
+            own = sum(each.rows * each.tokens for each in whole)
+            if sum(each.rows for each in whole) * company[0].tokens <= MOST_PADDING * own:
+                company.append(load)
+                break
         else:
-            together.append(name)
-    return [together, *apart] if together else apart
+            found.append([load])
+    return [*found, *([load] for load in apart)]
+
+
+def _is_batchable(model: PeftModel, name: str) -> bool:
+    try:
+        model.roster.check_batchable(name)
+    except RoutingError:
+        return False
+    return True
 
 
 def arguments(base: nn.Module, rows: int, tokens: int) -> dict[str, Any]:

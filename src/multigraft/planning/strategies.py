@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from multigraft.distributed.fsdp import blocks_of
 from multigraft.errors import ConfigError
-from multigraft.planning.memory import Bench, MemoryPlan, Request, planned
+from multigraft.planning.memory import Bench, MemoryPlan, planned
+from multigraft.planning.request import Request
 from multigraft.planning.step import ADAPTERS, BASE, GRADIENTS, OPTIMIZER
 from multigraft.planning.traffic import Traffic
 from multigraft.registry import Registry
@@ -35,14 +36,14 @@ class OfRank:
         parts: bytes at the peak, by part.
         traffic: of a step.
         plan: of the step that each rank runs.
-        rows: different rows of all ranks together, for each adapter.
+        copies: how many ranks see rows of their own.
         measured: whether a test compares its bytes with real ranks'.
     """
 
     parts: Mapping[str, int]
     traffic: Traffic
     plan: MemoryPlan
-    rows: int
+    copies: int
     measured: bool = True
 
 
@@ -55,7 +56,7 @@ def ddp(request: Request, gpus: int, plan_of: Planner = planned) -> OfRank:
     """The whole model on each rank; one all-reduce of the adapters' gradients a step."""
     plan = plan_of(request)
     traffic = Traffic(all_reduce=_bytes(plan.bench.trained))
-    return OfRank(plan.parts, traffic, plan, gpus * request.batch_size)
+    return OfRank(plan.parts, traffic, plan, gpus)
 
 
 def fsdp(request: Request, gpus: int, plan_of: Planner = planned) -> OfRank:
@@ -74,7 +75,7 @@ def fsdp(request: Request, gpus: int, plan_of: Planner = planned) -> OfRank:
     parts = dict(plan.parts)
     parts[BASE] += sum(whole) // gpus - sum(_bytes(group) for group in (root, *blocks))
     parts[GATHERED] = whole[0] + BLOCKS * max(whole[1:], default=0)
-    return OfRank(parts, traffic, plan, gpus * request.batch_size)
+    return OfRank(parts, traffic, plan, gpus)
 
 
 def tp(request: Request, gpus: int, plan_of: Planner = planned) -> OfRank:
@@ -86,7 +87,7 @@ def tp(request: Request, gpus: int, plan_of: Planner = planned) -> OfRank:
     """
     _refuse_packed(request, "tp")
     plan = plan_of(request.but(ranks=gpus))
-    return OfRank(plan.parts, plan.traffic, plan, request.batch_size)
+    return OfRank(plan.parts, plan.traffic, plan, 1)
 
 
 def zero3(request: Request, gpus: int, plan_of: Planner = planned) -> OfRank:
@@ -104,7 +105,7 @@ def zero3(request: Request, gpus: int, plan_of: Planner = planned) -> OfRank:
         parts[part] = -(-parts[part] // gpus)
     each = _bytes(everything) / max(1, sum(tensor.numel() for tensor in everything))
     parts[GATHERED] = int(min(LIVE * each, _bytes(everything)))
-    return OfRank(parts, gathered + reduced, plan, gpus * request.batch_size, measured=False)
+    return OfRank(parts, gathered + reduced, plan, gpus, measured=False)
 
 
 def groups(bench: Bench) -> list[list[Tensor]]:

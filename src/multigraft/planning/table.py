@@ -7,7 +7,7 @@ from typing import Any
 
 from multigraft.planning.memory import MemoryPlan
 from multigraft.planning.remedies import Remedy
-from multigraft.planning.sizes import as_text
+from multigraft.planning.sizes import as_text, spread
 from multigraft.planning.step import (
     ACTIVATIONS,
     ADAPTERS,
@@ -58,8 +58,9 @@ def heading(plan: MemoryPlan) -> str:
     each = " each" if len(names) > 1 else ""
     more = ", gradient checkpointing" if request.gradient_checkpointing else ""
     return (
-        f"{who} on {base}{packed}): {plan.trained:,} trainable parameters, {request.batch_size} "
-        f"rows{each} of {request.max_length} tokens, {request.optimizer}{more}"
+        f"{who} on {base}{packed}): {plan.trained:,} trainable parameters, "
+        f"{spread(request.batch_size)} rows{each} of {spread(request.max_length)} tokens, "
+        f"{request.optimizer}{more}"
     )
 
 
@@ -86,6 +87,7 @@ def as_data(plan: MemoryPlan, remedies: Sequence[Remedy] = ()) -> dict[str, Any]
         "adapters": {name: str(config.peft_type) for name, config in request.adapters.items()},
         "batch_size": request.batch_size,
         "max_length": request.max_length,
+        "task": request.task,
         "dtype": request.dtype,
         "quantize": request.quantize,
         "optimizer": request.optimizer,
