@@ -110,3 +110,11 @@ def test_what_does_not_fit_leaves_the_model_as_it_was() -> None:
         tuner.inject_adapter(tuner.model, "second")
     assert list(model.peft_config) == ["default"]
     assert torch.equal(model(X), before)
+
+
+def test_tensors_that_are_of_no_module_are_refused_by_name() -> None:
+    model = base()
+    tensors = {f"base_model.model.up.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
+    with pytest.raises(TargetError, match=r"at a module of this model: `up`\. Load it"):
+        multigraft.inject_adapter_in_model(config(multigraft), model, state_dict=tensors)
+    assert type(model[0]) is nn.Linear and not hasattr(model, "peft_config")

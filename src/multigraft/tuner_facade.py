@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from multigraft.config import PeftConfig, TargetedConfig
-from multigraft.errors import AdapterNameError, UnsupportedError
-from multigraft.keys import sites_in
+from multigraft.errors import AdapterNameError, TargetError, UnsupportedError, listed, nearest_of
+from multigraft.keys import sites_in, strip_prefix
 from multigraft.methods import METHODS
 from multigraft.prepare import own_copy
 from multigraft.survey import survey
@@ -90,10 +90,22 @@ def targeted_by(
     """A copy of a config that means the sites of an adapter's tensors, if they are given.
 
     A config that names parameters keeps its own targets: a file's keys do not hold their names.
+
+    Raises:
+        TargetError: there are tensors, and none of them is of a module of this model.
     """
     config = own_copy(config)
     named = getattr(config, "target_parameters", None)
     if state_dict is not None and isinstance(config, TargetedConfig) and not named:
         known = {path for spot in survey(base) for path in spot.paths}
-        config.target_modules = sites_in(state_dict, METHODS[str(config.peft_type)].prefix, known)
+        prefix = METHODS[str(config.peft_type)].prefix
+        config.target_modules = sites_in(state_dict, prefix, known)
+        if state_dict and not (config.target_modules or getattr(config, "modules_to_save", None)):
+            paths = [key.partition(f".{prefix}")[0] for key in map(strip_prefix, state_dict)]
+            wanted = list(dict.fromkeys(paths))
+            raise TargetError(
+                f"the state dict has no tensor of an adapter at a module of this model: "
+                f"{listed(wanted)}.{nearest_of(wanted, known)} Load it on the model, or the part "
+                "of it, that it was made for."
+            )
     return config
