@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.distributed.plain import ids_of, plain, plain_loss
-from tests.distributed.replica_jobs import rank, states
+from tests.distributed.replica_jobs import launched, rank, states
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 2,
@@ -22,8 +22,12 @@ CONFIG = {
 
 def trained(folder: str) -> tuple[list[float], dict[str, Tensor], list[Tensor], set[Any]]:
     """Losses, adapters, and logits: as trained, merged, unmerged and loaded again."""
-    os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank()), "LOCAL_RANK": str(rank())}
-    os.environ |= {"WORLD_SIZE": str(dist.get_world_size())}
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    with launched():
+        return _trained(folder)
+
+
+def _trained(folder: str) -> tuple[list[float], dict[str, Tensor], list[Tensor], set[Any]]:
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="gloo")
@@ -50,8 +54,6 @@ def trained(folder: str) -> tuple[list[float], dict[str, Tensor], list[Tensor], 
         found.append(engine(ids_of(0)))
         model.load_adapter(folder, "default")
         found.append(engine(ids_of(0)))
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        del os.environ[name]
     return losses, saved, found, shapes
 
 

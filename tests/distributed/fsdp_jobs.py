@@ -19,12 +19,13 @@ from multigraft import (
     OFTConfig,
     PeftModel,
     PrefixTuningConfig,
+    TargetError,
     get_peft_model,
 )
 from multigraft.distributed import Replicas, fill_base, load_base, shard
 from multigraft.whole import is_parted
 from tests.distributed.counting import Collectives
-from tests.distributed.replica_jobs import Result, rank, share_any, states, train
+from tests.distributed.replica_jobs import Result, launched, rank, share_any, states, train
 from tests.distributed.tiny import adapted, base, batch, lora, loss_of, share
 
 METHODS: dict[str, Any] = {
@@ -62,6 +63,35 @@ def gradients(method: str, how: str) -> dict[str, Tensor]:
     assert all(p.grad is not None for p in own if p.requires_grad)
     found = {f"gradient {i}": p.grad for i, p in enumerate(own) if p.grad is not None}
     return {**found, **states(model)}
+
+
+def of_transformers(folder: str) -> tuple[bool, float, list[Tensor]]:
+    """Whether a base that transformers sharded while loading is in parts; loss and gradients."""
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    with launched():
+        bare: Any = AutoModelForCausalLM.from_pretrained(
+            folder, distributed_config=DistributedConfig(fsdp_size=2), attn_implementation="eager"
+        )
+    is_in_parts = is_parted(bare.lm_head.weight)
+    model = adapted(bare, "a", "b")
+    replicas = Replicas(model)
+    loss = loss_of(model, share(batch(0)))
+    loss.backward()
+    replicas.reduce()
+    gradients = [p.grad for p in model.roster.parameters("a") if p.grad is not None]
+    return is_in_parts, replicas.mean(loss.detach()), gradients
+
+
+def copy_refused() -> str:
+    model: Any = base(torch.float32)
+    shard(model)
+    try:
+        get_peft_model(model, METHODS["head"])
+    except TargetError as error:
+        return str(error)
+    return ""
 
 
 def is_sharded(model: PeftModel) -> bool:

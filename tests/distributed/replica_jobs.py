@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,18 @@ Result = tuple[list[float], dict[str, Tensor]]
 
 def rank() -> int:
     return torch.distributed.get_rank()
+
+
+@contextmanager
+def launched() -> Iterator[None]:
+    """The environment that torchrun gives a process, which some libraries ask for."""
+    own = {"RANK": rank(), "LOCAL_RANK": rank(), "WORLD_SIZE": torch.distributed.get_world_size()}
+    os.environ.update({name: str(value) for name, value in own.items()})
+    try:
+        yield
+    finally:
+        for name in own:
+            del os.environ[name]
 
 
 def states(model: PeftModel) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from multigraft import LoraConfig, PeftModel, UnsupportedError, get_peft_model
 from multigraft.distributed import TensorParallel, load_sharded, save_sharded
 from tests.distributed.counting import Collectives
 from tests.distributed.plain import Net, ids_of, plain, plain_loss
-from tests.distributed.replica_jobs import Result, states, train
+from tests.distributed.replica_jobs import Result, launched, states, train
 from tests.distributed.tiny import adapted, batch, loss_of
 
 
@@ -28,16 +27,10 @@ def parted_base(folder: str) -> Any:
     """Transformers' own tensor-parallel load."""
     from transformers import AutoModelForCausalLM
 
-    own = {"RANK": dist.get_rank(), "LOCAL_RANK": dist.get_rank()}
-    own["WORLD_SIZE"] = dist.get_world_size()
-    os.environ.update({name: str(value) for name, value in own.items()})
-    try:
+    with launched():
         return AutoModelForCausalLM.from_pretrained(
             folder, tp_plan="auto", attn_implementation="eager"
         )
-    finally:
-        for name in own:
-            del os.environ[name]
 
 
 def trained(

@@ -12,7 +12,7 @@ from torch import nn
 from multigraft import ConfigError, LoraConfig, PeftModel, get_peft_model
 from multigraft.distributed import blocks_of, shard
 from tests.distributed import fsdp_jobs as jobs
-from tests.distributed.tiny import adapted, base, batch
+from tests.distributed.tiny import adapted, base, batch, loss_of
 from tests.distributed.world import World
 
 SWITCHED = [{"active": ["a"]}, {"active": ["b"]}, {"active": ["a", "b"]}, {"active": ["a"]}]
@@ -53,17 +53,34 @@ def test_a_sharded_base_trains_as_a_whole_one_does(
             torch.testing.assert_close(saved[key], value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("how", ["before", "after"])
-@pytest.mark.parametrize("method", jobs.METHODS)
+CASES = [(method, how) for method in jobs.METHODS for how in ("before", "after")]
+
+
+@pytest.mark.parametrize(("method", "how"), [c for c in CASES if c != ("head", "before")])
 def test_every_kind_of_method_acts_on_a_sharded_base(two: World, method: str, how: str) -> None:
-    if (method, how) == ("head", "before"):
-        pytest.skip("a copy of a module in parts is refused")
     expected = jobs.gradients(method, "alone")
     assert any(float(v.abs().max()) > 0 for k, v in expected.items() if k.startswith("gradient"))
     for found in two.run(jobs.gradients, method, how):
         assert found.keys() == expected.keys()
         for key, value in expected.items():
             torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-5, msg=key)
+
+
+def test_a_base_that_transformers_sharded_takes_adapters(two: World, tmp_path: Path) -> None:
+    whole = base(torch.float32)
+    whole.save_pretrained(tmp_path)
+    model = adapted(whole, "a", "b")
+    loss = loss_of(model, batch(0))
+    loss.backward()
+    own = [p.grad for p in model.roster.parameters("a")]
+    for is_in_parts, mean, gradients in two.run(jobs.of_transformers, str(tmp_path)):
+        assert is_in_parts
+        assert mean == pytest.approx(float(loss.detach()), rel=1e-5)
+        torch.testing.assert_close(gradients, own, rtol=1e-4, atol=1e-5)
+
+
+def test_a_copy_of_a_module_in_parts_is_refused(two: World) -> None:
+    assert all("attach the adapter before" in text for text in two.run(jobs.copy_refused))
 
 
 def test_what_ranks_saved_together_loads_in_one_process(two: World, tmp_path: Path) -> None:
