@@ -169,3 +169,44 @@ def test_kept_values_are_not_trusted_once_the_output_was_written_to(lead: tuple[
     found = torch.autograd.grad(y.mul_(2.0).sum(), leaves)
     expected = torch.autograd.grad((reweighted_linear_reference(**inputs) * 2.0).sum(), leaves)
     torch.testing.assert_close(found, expected)
+
+
+@given(
+    tokens=st.integers(0, 12),
+    in_=st.integers(1, 4),
+    outs=st.lists(st.integers(1, 5), min_size=2, max_size=3),
+    unused=st.booleans(),
+    kept=st.booleans(),
+)
+def test_layers_of_one_input_are_those_by_themselves(
+    tokens: int, in_: int, outs: list[int], unused: bool, kept: bool
+) -> None:
+    layers = [tensors((tokens, in_), out, rank) for rank, out in enumerate(outs, 1)]
+    x = layers[0]["x"]
+    for layer in layers:
+        del layer["x"]
+        layer["norm"].is_kept = kept
+    layers[0]["bias"] = None
+    found = reweighted_linears(x, [Reweighted(**layer) for layer in layers])
+    expected = [reweighted_linear_reference(x, **layer) for layer in layers]
+    torch.testing.assert_close(found, expected)
+    leaves = [x, *(t for layer in layers[unused:] for t in trained(layer).values())]
+    losses = [sum(y.cos().sum() for y in ys[unused:]) for ys in (found, expected)]
+    torch.testing.assert_close(*(torch.autograd.grad(loss, leaves) for loss in losses))
+
+
+def test_the_norms_product_is_taken_along_unless_the_norm_is_kept() -> None:
+    inputs = tensors((3, 4), 5, 2)
+    reweighted_linear(**inputs)
+    torch.testing.assert_close(inputs["norm"].products, [inputs["A"] @ inputs["W"].T])
+    inputs["norm"] = Given(inputs["norm"].n, is_kept=True)
+    reweighted_linear(**inputs)
+    assert inputs["norm"].products == []
+
+
+def test_one_node_serves_all_layers_of_one_input() -> None:
+    layers = [tensors((6, 4), out, 2) for out in (5, 3)]
+    x = layers[0].pop("x")
+    layers[1].pop("x")
+    ys = reweighted_linears(x, [Reweighted(**layer) for layer in layers])
+    assert ys[0].grad_fn is ys[1].grad_fn

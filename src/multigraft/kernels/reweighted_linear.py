@@ -180,11 +180,11 @@ def _tells_u(x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
     Elsewhere than on a CPU the answer would have to be waited for.
     """
     is_plain = x.device.type == "cpu" and not torch._C._are_functorch_transforms_active()
-    return is_plain and x.dtype.itemsize >= 4 and all(bool(m.all()) for m in _magnitudes(tensors))
-
-
-def _magnitudes(tensors: Sequence[Tensor | None]) -> list[Tensor]:
-    return [m for m in tensors[SIZE - 1 :: SIZE] if m is not None]
+    return (
+        is_plain
+        and x.dtype.itemsize >= 4
+        and all(bool(m.all()) for m in tensors[SIZE - 1 :: SIZE] if m is not None)
+    )
 
 
 class _ReweightedLinears(Node):

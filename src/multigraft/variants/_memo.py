@@ -112,6 +112,16 @@ class Memo:
         self._keep(value, key, trained, tensors)
         return value
 
+    def keep(
+        self,
+        value: Tensor,
+        trained: Sequence[Tensor] = (),
+        frozen: Sequence[Tensor | None] = (),
+        key: object = None,
+    ) -> None:
+        """Keep a value that was computed elsewhere; arguments are those of `get`."""
+        self._keep(value, key, trained, [*trained, *frozen])
+
     def _keep(
         self,
         value: Tensor,

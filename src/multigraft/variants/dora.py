@@ -154,23 +154,29 @@ class Norm:
         return None if found is None else found[0]
 
     def __call__(self, product: Tensor | None = None) -> Tensor:
-        """The norm ``(out,)``; ``product`` is A Wᵀ, where it is at hand and as precise."""
-        return self.of_each(product)[0]
+        """The norm ``(out,)``; ``product`` is A Wᵀ, where it is at hand."""
+        if product is not None and product.dtype.itemsize >= 4:
+            own = self.norms.own.kept(frozen=self.state[1])
+            if own is not None:
+                new = _adapted_norm(self.lora, self.params, None, own, product)
+                self.norms.whole.keep(new, *self.state)
+                return new[0]
+        return self.of_each()[0]
 
-    def of_each(self, product: Tensor | None = None) -> Tensor:
+    def of_each(self) -> Tensor:
         """Of each matrix's output features, ``(n, out)``, in at least float32."""
-        return self.norms.whole.get(lambda: self._computed(product), *self.state)
+        return self.norms.whole.get(self._computed, *self.state)
 
-    def _computed(self, product: Tensor | None) -> Tensor:
+    def _computed(self) -> Tensor:
         W = self.lora.site.weight()
         if kernels.is_autocasting(W):
             with kernels.without_autocast(W):
-                return self._whole(W, product)
-        return self._whole(W, product)
+                return self._whole(W)
+        return self._whole(W)
 
-    def _whole(self, W: Tensor, product: Tensor | None) -> Tensor:
+    def _whole(self, W: Tensor) -> Tensor:
         own = self.norms.own.get(lambda: _square(self.lora, W), frozen=self.state[1])
-        return _adapted_norm(self.lora, self.params, W, own, product)
+        return _adapted_norm(self.lora, self.params, W, own)
 
 
 def _norm(lora: Method, params: Params) -> Tensor:
@@ -199,17 +205,20 @@ def _square(lora: Method, W: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _adapted_norm(
-    lora: Method, params: Params, W: Tensor, own: Tensor, product: Tensor | None = None
+    lora: Method, params: Params, W: Tensor | None, own: Tensor, product: Tensor | None = None
 ) -> Tensor:
-    layer, geometry = lora.site.layer, lora.geometry
+    """The norm of the factors and either W or A Wᵀ, which then is in A's dtype."""
     A, B = _factors(lora, params)
+    if product is not None:
+        return _row_norms(product, A, B, own[0], lora.scaling)[None]
+    assert W is not None
+    layer, geometry = lora.site.layer, lora.geometry
     dtype = torch.promote_types(torch.promote_types(A.dtype, W.dtype), torch.float32)
     A, B, s = A.to(dtype), B.to(dtype), lora.scaling
     if geometry.count(layer) is None:
         M = geometry.as_matrix(layer, W)
         A, B = A.flatten(1), B.flatten(1)
-        is_given = product is not None and product.dtype == dtype
-        return _row_norms(product if is_given else _product(M, A), A, B, own[0], s)[None]
+        return _row_norms(_product(M, A), A, B, own[0], s)[None]
     each = zip(geometry.as_matrices(layer, W), *geometry.pairs(layer, A, B), own, strict=True)
     return torch.stack([_row_norms(_product(M, a), a, b, n, s) for M, a, b, n in each])
 
