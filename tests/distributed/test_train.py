@@ -141,6 +141,30 @@ def test_a_process_that_is_killed_is_started_again_and_the_run_goes_on(
         assert steps == list(range(1, 61))
 
 
+def test_what_two_processes_leave_one_goes_on_with(run_file, tmp_path):
+    out = tmp_path / "out"
+    words = command(run_file, out, 2, "--steps", "40")
+    words.remove("--max-restarts=1")
+    process = subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    folder = out / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not (folder.is_dir() and any(folder.glob("round-*"))):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    for pid in [*children(process.pid), process.pid]:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    run(run_file, out, 1, "--steps", "40", "--resume")
+    run(run_file, tmp_path / "whole", 1, "--steps", "40")
+    for name in NAMES:
+        losses = [
+            [float(x) for x in re.findall(r'"loss": ([\d.e-]+), "lr"', log.read_text())]
+            for log in (root / name / "train_log.jsonl" for root in (out, tmp_path / "whole"))
+        ]
+        assert len(losses[0]) == 40
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
 def children(pid: int) -> list[int]:
     text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     return [int(word) for word in text.split()]
