@@ -61,14 +61,23 @@ def adapt(library: str, model: Any, count: int = 1, wide: bool = False, **option
     return adapted
 
 
-def train_step(model: Any, ids: torch.Tensor, **more: Any) -> Callable[[], None]:
-    """Forward, loss, backward; gradients are dropped."""
+def train_step(
+    model: Any, ids: torch.Tensor, updates: list[Any] | None = None, **more: Any
+) -> Callable[[], None]:
+    """Forward, loss, backward; gradients are dropped.
+
+    Args:
+        updates: parameters that AdamW then takes a step on.
+    """
     inner = getattr(model, "get_base_model", lambda: model)()
     embed = inner.get_input_embeddings()
     embeds = embed(ids).detach().requires_grad_()
+    optimiser = torch.optim.AdamW(updates, lr=1e-5, fused=True) if updates else None
 
     def step() -> None:
         model(inputs_embeds=embeds, labels=ids, **more).loss.backward()
+        if optimiser is not None:
+            optimiser.step()
         embeds.grad = None
         for parameter in model.parameters():
             parameter.grad = None
@@ -126,6 +135,26 @@ def training(
         for model in models.values():
             model.compile()
     show(report, title, {arm: train_step(m.train(), ids) for arm, m in models.items()}, runs)
+
+
+def dora(report: Report, runs: int, title: str, shape: tuple[int, int]) -> None:
+    """A step with DoRA and one of AdamW, beside the same with LoRA and with PEFT's DoRA.
+
+    The optimiser's step is part of it: ours takes the norm once for each.
+    """
+    ids = torch.randint(32000, shape, device="cuda")
+    kinds = {
+        "floor": None,
+        "multigraft, LoRA": ("multigraft", False),
+        "multigraft, DoRA": ("multigraft", True),
+        "peft, DoRA": ("peft", True),
+    }
+    arms: Arms = {}
+    for name, kind in kinds.items():
+        model = base() if kind is None else adapt(kind[0], base(), use_dora=kind[1])
+        trained = [p for p in model.parameters() if p.requires_grad]
+        arms[name] = train_step(model.train(), ids, updates=trained)
+    show(report, title, arms, runs)
 
 
 def graphed(run: Callable[[], Any]) -> Callable[[], None]:
@@ -243,6 +272,7 @@ def rows(report: Report, runs: int) -> dict[str, Callable[[], None]]:
             report, runs, t, step, lora_dropout=0.05
         ),
         "training 4 x 2048, compiled": lambda t: training(report, runs, t, step, compiled=True),
+        "training 4 x 2048, DoRA and AdamW": lambda t: dora(report, runs, t, step),
         "decode 64 rows, 1 adapter": lambda t: inference(report, runs, t, (64, 1), 1),
         "decode 64 rows, 64 adapters": lambda t: inference(report, few, t, (64, 1), 64),
         "prefill 16 x 1024, 16 adapters": lambda t: inference(report, few, t, (16, 1024), 16),
