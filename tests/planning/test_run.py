@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from multigraft import LoraConfig
-from multigraft.errors import ConfigError
+from multigraft.errors import ConfigError, TrainingError
 from multigraft.planning import Request, plan, planned, request_of
 from multigraft.planning.skeleton import companies
 from multigraft.train import Recipe
@@ -86,3 +87,22 @@ def test_an_example_of_preferences_has_two_rows(folder):
 def test_an_adapter_without_rows_is_refused(folder):
     with pytest.raises(ConfigError, match="`batch_size` says nothing of adapter `b`"):
         Request(folder, {"a": CONFIG, "b": CONFIG}, batch_size={"a": 2})
+
+
+def test_a_run_that_is_out_of_memory_says_what_to_change(folder, tmp_path, monkeypatch):
+    data = tmp_path / "pairs.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n' * 4)
+    own = AdapterJob(str(data), CONFIG, Recipe(steps=2, batch_size=4), max_length=32)
+    ready = Job(model=folder, output=str(tmp_path / "out"), adapters=[own], device="cpu").prepare()
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(type(ready.model), "forward", full)
+    with pytest.raises(TrainingError) as told:
+        ready.run()
+    message = str(told.value)
+    assert "the device is out of memory" in message
+    assert "A step with `batch_size` 4 and `max_length` 32 takes about" in message
+    assert "`batch_size: 2` saves" in message
+    assert "`gradient_checkpointing: true` saves" in message

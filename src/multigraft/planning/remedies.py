@@ -72,7 +72,7 @@ def _fewer_rows(plan: MemoryPlan) -> tuple[int | dict[str, int], int]:
     asked = plan.request.batch_size
     if not isinstance(asked, int):
         return _halved(asked), 2
-    fitting = plan.largest_batch or asked // 2
+    fitting = asked // 2 if plan.largest_batch is None else plan.largest_batch
     rows = max(1, min(fitting, asked - 1))
     return rows, -(-asked // rows)
 

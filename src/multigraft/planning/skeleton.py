@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -105,13 +106,15 @@ def checkpoint_blocks(model: nn.Module) -> None:
     Raises:
         ConfigError: it cannot.
     """
-    enable: Any = getattr(model, "gradient_checkpointing_enable", None)
+    enable: Any = getattr(model, "activation_checkpointing_enable", None)
+    enable = enable or getattr(model, "gradient_checkpointing_enable", None)
     if enable is None or not getattr(model, "supports_gradient_checkpointing", True):
         raise ConfigError(
             f"`gradient_checkpointing`: {type(model).__name__} does not support it. Leave it out, "
             "and lower `batch_size`."
         )
-    enable(gradient_checkpointing_kwargs=dict(CHECKPOINTED))
+    names = [n for n in inspect.signature(enable).parameters if n.endswith("checkpointing_kwargs")]
+    enable(**{name: dict(CHECKPOINTED) for name in names})
 
 
 def dtype_of(model: nn.Module, name: str) -> torch.dtype:

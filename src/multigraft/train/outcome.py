@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
-from multigraft.errors import MultigraftError, MultigraftWarning
+from multigraft.errors import MultigraftError, MultigraftWarning, TrainingError
 from multigraft.model import PeftModel
+from multigraft.train.card import write_card
 from multigraft.train.crew import ALONE, Crew
 from multigraft.train.entrant import Entrant
 from multigraft.train.evaluate import share_right
@@ -118,8 +120,10 @@ class Prepared:
         before = self._exact_matches()
         try:
             self.process.go()
-        except Exception:  # not Ctrl-C, after which `rescue` says what is where
+        except Exception as error:  # not Ctrl-C, after which `rescue` says what is where
             self._drop_logs()
+            if isinstance(error.__cause__, torch.OutOfMemoryError):
+                raise TrainingError(f"{error} {self._advice()}") from error
             raise
         finally:
             self.tracking.close()
@@ -174,6 +178,8 @@ class Prepared:
         if not self.crew.is_main:
             return
         write_task(self.job.folder(name), entrant.lane.task, self.base)
+        job = next(adapter for adapter in self.job.adapters if adapter.name == name)
+        write_card(self.job.folder(name), self.model.peft_config[name], job, entrant)
         if name in self.logs:
             self.logs[name].keep()
 
@@ -199,6 +205,12 @@ class Prepared:
                     found[entrant.name] = share_right(answers)
         agreed: dict[str, float] = self.crew.agreed(found)
         return agreed
+
+    def _advice(self) -> str:
+        """What to change after the memory did not suffice, and how much that saves."""
+        from multigraft.planning import out_of_memory, request_of
+
+        return out_of_memory(request_of(self.job, gpus=self.crew.size))
 
     def _drop_logs(self) -> None:
         """Where there is nothing to go on from, nothing is left of the run."""
