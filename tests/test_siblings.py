@@ -247,6 +247,22 @@ def test_dropout_stays_each_layers_own(model: PeftModel, together: list[str]) ->
     assert together == []
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_layers_with_dora_run_as_one_unless_they_drop_what_the_base_sees(
+    model: PeftModel, together: list[str], dropout: float
+) -> None:
+    config = LoraConfig(r=2, target_modules=["q", "k", "v", "o"], init_lora_weights=False)
+    config.use_dora, config.lora_dropout = True, dropout
+    model.add_adapter("c", config, autocast_adapter_dtype=False)
+    model.set_adapter("c")
+    if dropout:
+        model.train()(batch())
+        assert together == []
+        model.eval()
+    check(model, lambda m: m(batch()))
+    assert together[-1] == "qkv"
+
+
 def test_what_waits_is_gone_once_all_have_been_served(model: PeftModel) -> None:
     for _ in range(2):
         model(batch())
