@@ -20,6 +20,7 @@ COLUMNS = {
     "load_save": {"operation", "CPU ms among 4"},
     "merge": {"merge, CPU ms", "error / rounding", "% changed after unmerge"},
     "step": {"shape", "CPU ms"},
+    "train": {"shape", "tokens/s", "times PEFT's speed"},
 }
 
 
