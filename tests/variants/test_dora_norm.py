@@ -297,3 +297,21 @@ def test_compiled_it_gives_the_same_whatever_the_step() -> None:
     for _ in range(2):
         torch.testing.assert_close(run(x), by_hand(model, x))
         write_in_place(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_factors_of_another_type_than_the_input_get_the_norm_of_their_own(
+    dtype: torch.dtype,
+) -> None:
+    model = adapted(nn.Linear(9, 6)).train()
+    layer = layer_of(model)
+    for parameter in tensors(model).values():
+        parameter.data = parameter.data.to(dtype)
+    (graft,) = layer.grafts["default"]
+    for _ in range(2):
+        A, B, _ = graft.params.values()
+        V = graft.site.weight().double() + graft.method.scaling * B.double() @ A.double()
+        model(torch.ones(4, 9))
+        found = dora.Norm(graft.method, graft.params).kept()
+        torch.testing.assert_close(found, V.norm(dim=1), check_dtype=False, rtol=1e-6, atol=1e-6)
+        write_in_place(model)

@@ -105,18 +105,17 @@ def _forward(
         W, bias, A, B, m = tensors[i * SIZE : (i + 1) * SIZE]
         assert W is not None and A is not None and B is not None and m is not None
         own = s.narrow(1, *columns[i])
-        is_wide = is_told and len(flat) >= WIDE * W.shape[1]
-        n = norm.kept() if is_told and not is_wide else norm() if is_wide else None
-        if is_wide:
-            g = m / n
+        if is_told and len(flat) >= WIDE * W.shape[1]:
+            g = m / (n := norm())
             y = begun(bias, own, (B * g[:, None]).T, scale).addmm_(flat, (W * g[:, None]).T)
         else:
-            if is_told and n is None:
+            kept = norm.kept() if is_told else None
+            if is_told and kept is None:
                 u, product = longer.products(own, A, B, scale, W)
                 n = norm(product)
             else:
                 u = begun(None, own, B.T, scale).addmm_(flat, W.T)
-                n = norm() if n is None else n
+                n = norm() if kept is None else kept
             g = m / n
             y = _weighed(u, g, bias, is_told)
             us += [] if is_told else [u]
@@ -152,12 +151,13 @@ class _Longer:
             self.rows = torch.cat([self.flat, A])
         else:
             self.rows[tokens:size] = A
-        both = s.new_zeros(size, W.shape[0]) if not tokens else s.new_empty(size, W.shape[0])
+        both = s.new_empty(size, W.shape[0])
         torch.addmm(both[:1], s, B.T, beta=0, alpha=scale, out=both[:tokens])
         both[tokens:].zero_()
         both.addmm_(self.rows[:size], W.T)
         # No view: nobody may write to what a node gives as one.
-        u = both.new_empty(0).set_(both.untyped_storage(), 0, (tokens, W.shape[0]))
+        own = both[:tokens]
+        u = both.new_empty(0).set_(both.untyped_storage(), 0, own.shape, own.stride())
         return u, both[tokens:]
 
 
@@ -219,8 +219,8 @@ class _ReweightedLinears(Node):
         if torch.is_grad_enabled() or any(seen.is_changed for seen in ctx.seen):
             # To autograd, what was kept is no function of the inputs, as second gradients need it.
             how = [(scale, _Kept(n)) for (scale, _), n in zip(ctx.how, ns, strict=True)]
-            found = _forward(x, how, tensors, False)
-            s, gs, us, is_told = found[k], found[k + 1 : 2 * k + 1], found[-k:], False
+            again = _forward(x, how, tensors, False)
+            s, gs, us, is_told = again[k], [*again[k + 1 : 2 * k + 1]], [*again[-k:]], False
         flat = x.reshape(-1, x.shape[-1])
         needs_x, _, *needs = ctx.needs_input_grad
         found: list[Tensor | None] = [None] * len(tensors)

@@ -155,8 +155,9 @@ class Norm:
 
     def __call__(self, product: Tensor | None = None) -> Tensor:
         """The norm ``(out,)``; ``product`` is A Wᵀ, where it is at hand."""
-        if product is not None and product.dtype.itemsize >= 4:
-            own = self.norms.own.kept(frozen=self.state[1])
+        trained, stored, _ = self.state
+        if product is not None and all(tensor.dtype == product.dtype for tensor in trained):
+            own = self.norms.own.kept(frozen=stored)
             if own is not None:
                 new = _adapted_norm(self.lora, self.params, None, own, product)
                 self.norms.whole.keep(new, *self.state)
