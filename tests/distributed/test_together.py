@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from multigraft.distributed import Ranks, load_sharded, together
 from multigraft.distributed.together import is_loss
 from tests.distributed.plain import ids_of, plain, plain_loss
 
+joining = sys.modules["multigraft.distributed.together"]  # the package's name for it is a function
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("torchrun_script.py")
 
@@ -84,6 +86,24 @@ def test_a_rank_that_is_killed_while_saving_leaves_the_state_before(tmp_path: Pa
     assert status != 0
     assert "SIGKILL" in output
     assert load_sharded({}, tmp_path / "state")["step"] == 2
+
+
+def test_an_attempt_sees_nothing_that_earlier_ones_left_in_the_store(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    left = torch.distributed.HashStore()
+    stores: list = []
+    monkeypatch.setattr(joining, "rendezvous", lambda *args, **options: iter([(left, 0, 1)]))
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda *args, store, **more: stores.append(store)
+    )
+    for restarts in (0, 1, 1):  # the last one without a loss: a machine came or went
+        joining._join(torch.device("cpu"), restarts, timedelta(seconds=1))
+    stores[0].set("address", "of the first attempt")
+    stores[1].set("other", "of the second")
+    assert stores[0].check(["address"])
+    assert not any(store.check(["address"]) for store in stores[1:])
+    assert not stores[2].check(["other"])
 
 
 def test_a_process_by_itself_is_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
