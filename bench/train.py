@@ -42,6 +42,7 @@ class Shape(NamedTuple):
     tokens: int
     wide: bool = True
     options: tuple[tuple[str, Any], ...] = ()
+    layers: int = 8
 
 
 CPU = {
@@ -59,7 +60,7 @@ GPU = {
     "8 adapters, 8 x 1 x 1024": Shape(8, 1, 1024),
     "8 adapters, 8 x 1 x 1024, bfloat16 adapters": Shape(8, 1, 1024, wide=False),
 }
-SMALLEST = {"8 adapters, 8 x 1 x 8": Shape(8, 1, 8)}
+SMALLEST = {"2 adapters, 2 x 1 x 8": Shape(2, 1, 8, layers=1)}
 
 
 def adapted(arm: str, shape: Shape, on_gpu: bool) -> Any:
@@ -70,7 +71,7 @@ def adapted(arm: str, shape: Shape, on_gpu: bool) -> Any:
 
         model = base()
     else:
-        model = llama()
+        model = llama(layers=shape.layers)
     own = config(arm, **({"r": 16} if on_gpu else {}), **dict(shape.options))
     peft_model = lib.get_peft_model(model, own, "a0", autocast_adapter_dtype=shape.wide)
     # PEFT trains one after another: a second adapter beside the first would only slow it down.

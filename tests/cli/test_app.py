@@ -51,7 +51,7 @@ def test_a_file_system_that_refuses_is_one_line(capsys, monkeypatch):
     def refused(**_: object) -> None:
         raise PermissionError(13, "Permission denied", "some/file")
 
-    monkeypatch.setattr("multigraft.train.job.Job.prepare", lambda job: refused())
+    monkeypatch.setattr("multigraft.train.job.Job.prepare", lambda job, ranks: refused())
     assert run("train", "--model", "m", "--data", "d", "--output", "o") == 2
     assert capsys.readouterr().err == "multigraft: some/file: Permission denied\n"
 
