@@ -127,7 +127,7 @@ def test_a_directory_of_several_adapters_names_them(tmp_path: Path) -> None:
 
 
 def test_a_name_of_the_hub_that_is_not_at_hand_says_where_it_was_sought() -> None:
-    with pytest.raises(CheckpointError, match="`no/such-adapter`: .* is not in the cache"):
+    with pytest.raises(CheckpointError, match=r"`no/such-adapter`: .* is not in the cache"):
         PeftModel.from_pretrained(nets.net(), "no/such-adapter", local_files_only=True)
 
 
