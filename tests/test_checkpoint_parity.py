@@ -367,7 +367,8 @@ def test_a_hub_name_is_fetched_file_by_file(
         build(Net), "someone/adapter", subfolder="deep", revision="v2", token="t"
     ).eval()
     torch.testing.assert_close(output(loaded, pair.batch), output(pair.ours, pair.batch))
-    options = {"revision": "v2", "token": "t"}
+    told = {"library_name": "multigraft", "library_version": multigraft.__version__}
+    options = {"revision": "v2", "token": "t", **told}
     assert asked == [
         ("someone/adapter", "deep", "adapter_config.json", options),
         ("someone/adapter", "deep", "adapter_model.safetensors", options),

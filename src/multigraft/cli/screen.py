@@ -32,7 +32,7 @@ def screen(*, quiet: bool = False) -> Console:
 
 def heading(console: Console, title: str) -> None:
     """A title with room above it."""
-    console.print(f"\n[bold]{escape(title)}[/]\n")
+    console.print(f"\n[bold]{escape(title)}[/]\n", soft_wrap=True)
 
 
 def show(console: Console, table: RichCast) -> None:
