@@ -143,7 +143,9 @@ def test_a_card_names_the_base_and_the_method(tmp_path: Path) -> None:
     config = LoraConfig(base_model_name_or_path="someone/base")
     save(tmp_path, {tmp_path: (config, {})})
     card = (tmp_path / "README.md").read_text()
-    assert card.startswith("---\nbase_model: someone/base\nbase_model_relation: adapter\nlibrary_name: peft\n")
+    assert card.startswith(
+        "---\nbase_model: someone/base\nbase_model_relation: adapter\nlibrary_name: peft\n"
+    )
     assert "- lora\n" in card
 
 
