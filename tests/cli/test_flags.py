@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import typer
 from typer.testing import CliRunner
 
+from multigraft import ConfigError
 from multigraft.cli.app import app
 from multigraft.cli.flags import given, with_flags
 from multigraft.train.spec import RunSpec, run_of
@@ -52,3 +54,18 @@ def test_values_of_every_shape_reach_the_schema():
     assert run.sweep == {"rank": [4, 8]}
     assert [adapter.name for adapter in run.adapters or ()] == ["a", "b"]
     assert (run.target_modules, run.task) == ("q_proj,v_proj", "seq-cls")
+
+
+def test_adapters_on_the_command_line_are_read_as_those_of_a_file():
+    (adapter,) = (
+        run_of(
+            {"model": "m", "output": "o"}, flags_of("--adapters", "[{name: a, lr: 1e-4}]")
+        ).adapters
+        or ()
+    )
+    assert adapter.lr == 1e-4
+
+
+def test_adapters_that_are_no_yaml_are_told():
+    with pytest.raises(ConfigError, match=r"--adapters, line 1: this is no YAML"):
+        flags_of("--adapters", "[{name: a")

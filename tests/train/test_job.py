@@ -11,6 +11,7 @@ import torch
 from multigraft import (
     AdapterNameError,
     CheckpointError,
+    ConfigError,
     DataError,
     LoraConfig,
     PeftModel,
@@ -18,6 +19,7 @@ from multigraft import (
     TrainingError,
 )
 from multigraft.train import Job, Progress, Recipe, load_model
+from multigraft.train.recipe import LARGEST_SEED
 from tests.tiny_base import chat_rows, pair_rows, write_lines
 from tests.train.jobs import one, only
 
@@ -65,6 +67,23 @@ def test_the_base_is_as_it_was(job, base_dir):
     assert ready.model.unload() is ready.base
     after = ready.base.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "Report.html", "tensorboard", "train_log.jsonl"])
+def test_an_adapter_that_is_called_as_a_file_of_the_run_is_refused(job, tmp_path, name):
+    with pytest.raises(ConfigError, match=f"the name '{name}' is that of files of the run's own"):
+        job(name=name).prepare()
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_largest_seed_trains(job):
+    (outcome,) = job(recipe=Recipe(steps=3, lr=1e-2, seed=LARGEST_SEED - 1)).prepare().run()
+    assert len(outcome.losses) == 3
+
+
+def test_options_of_too_few_values_are_refused(job):
+    with pytest.raises(ConfigError, match=r"`optimizer_options` .*adamw does not take them"):
+        job(recipe=Recipe(steps=1, optimizer_options={"betas": [0.9]})).prepare()
 
 
 def test_another_name_than_default_gets_a_subfolder(job, tmp_path):

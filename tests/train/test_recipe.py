@@ -23,6 +23,7 @@ from multigraft.train import Recipe
         ("weight_decay", -1.0),
         ("clip", float("inf")),
         ("seed", -1),
+        ("seed", 2**43),
     ],
 )
 def test_a_value_outside_its_field_is_refused_by_name(field, value):

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from multigraft.cli.spec import name_or_mapping, settings
+from multigraft.train.spec.read import values_of
 
 SHORT = {"output": "-o", "rank": "-r"}
 AS_SETTINGS = (dict,)
@@ -89,9 +90,7 @@ def _value(name: str, field: FieldInfo, value: Any) -> Any:
     if _may_be_mapping(field):
         return name_or_mapping(value)
     if name == "adapters":
-        import yaml
-
-        return yaml.safe_load(value)
+        return values_of(value, "--adapters")
     if get_origin(field.annotation) is list:
         return [part.strip() for part in value.split(",")]
     return value

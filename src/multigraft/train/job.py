@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from multigraft.base_notes import NOTES_NAME
 from multigraft.config import PeftConfig
 from multigraft.containers import check_name
 from multigraft.errors import CheckpointError, ConfigError, TrainingError
@@ -22,7 +23,8 @@ from multigraft.train.entrant import Entrant
 from multigraft.train.formats import AUTO
 from multigraft.train.lane import Lane
 from multigraft.train.load import attach, load_tokenizer, pad_token
-from multigraft.train.outcome import Prepared
+from multigraft.train.log import LOG_NAME, UNFINISHED
+from multigraft.train.outcome import REPORT, Prepared
 from multigraft.train.output import check_output, refuse_to_replace
 from multigraft.train.packing import check_packing
 from multigraft.train.quantised import check_format
@@ -31,11 +33,15 @@ from multigraft.train.saves import FOLDER, Saves, found_in
 from multigraft.train.store import lengths_of
 from multigraft.train.tasks import Task, described
 from multigraft.train.tasks.causal_lm import CausalLM
-from multigraft.train.trackers import TRACKERS, Tracking
+from multigraft.train.trackers import TRACKERS, Tracking, tensorboard
 from multigraft.train.watch import HeldOut, Watch
 
 if TYPE_CHECKING:
     from multigraft.distributed import Ranks
+
+
+OWN_NAMES = (FOLDER, REPORT, LOG_NAME, UNFINISHED, NOTES_NAME, tensorboard.FOLDER)
+"""What a run writes beside adapters' folders; the checkpoints are removed at its end."""
 
 
 @dataclass(frozen=True)
@@ -262,6 +268,12 @@ class Job:
         if not self.adapters:
             raise ConfigError("`adapters`: a run needs at least one.")
         names = [check_name(adapter.name) for adapter in self.adapters]
+        own = next((name for name in names if name.lower() in OWN_NAMES), None)
+        if own is not None:
+            raise ConfigError(
+                f"`adapters`: the name {own!r} is that of files of the run's own, which lie beside "
+                "the adapters. Choose another one."
+            )
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise ConfigError(f"`adapters`: two are called `{twice}`. Give each a name of its own.")

@@ -38,7 +38,7 @@ def make(
     try:
         groups = [{"params": own} for own in alike(parameters)]
         return factory(groups, lr=lr, weight_decay=weight_decay, **options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, IndexError) as error:
         raise ConfigError(
             f"`optimizer_options` (={dict(options)!r}): {name} does not take them ({error})."
         ) from error

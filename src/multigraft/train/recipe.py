@@ -15,6 +15,8 @@ from multigraft.errors import ConfigError, did_you_mean
 SCHEDULES = ("constant", "cosine", "linear")
 LARGEST_LR = 1e6
 """Beyond any use; far above it, steps no longer fit float32."""
+LARGEST_SEED = 2**43
+"""A pass over the data is seeded with a million times as much, which torch must still take."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class Recipe:
         for name in ("warmup", "weight_decay", "clip"):
             value = getattr(self, name)
             _require(name, value, math.isfinite(value) and value >= 0, "a number of at least 0")
-        _require("seed", self.seed, isinstance(self.seed, int) and self.seed >= 0, "at least 0")
+        in_range = isinstance(self.seed, int) and 0 <= self.seed < LARGEST_SEED
+        _require("seed", self.seed, in_range, f"at least 0 and below {LARGEST_SEED}")
         if self.schedule not in SCHEDULES:
             raise ConfigError(
                 f"Recipe: `schedule` (={self.schedule!r}) must be one of {', '.join(SCHEDULES)}."

@@ -78,6 +78,11 @@ def config_of(keys: AdapterKeys) -> PeftConfig:
             f"`config`: {klass.__name__} has no field `{unknown}`.{did_you_mean(unknown, fields)}"
         )
     config: PeftConfig = klass(**{**values, **keys.config})
+    if str(config.peft_type) != str(klass().peft_type):
+        raise ConfigError(
+            f"`config`: `peft_type` (={config.peft_type}) is another method than `method` "
+            f"(={keys.method!r}). Leave it out; `method` says what is grafted."
+        )
     return config
 
 

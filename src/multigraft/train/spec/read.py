@@ -52,24 +52,38 @@ def run_of(
 
 def _yaml(path: Path) -> dict[str, Any]:
     try:
-        import yaml
-    except ImportError as error:
-        raise MissingExtraError("run files need pyyaml: pip install 'multigraft[train]'") from error
-    try:
-        values = yaml.load(path.read_text("utf-8"), Loader=_loader(yaml))
+        text = path.read_text("utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: the file cannot be read ({error.strerror}).") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = "" if mark is None else f", line {mark.line + 1}"
-        why = getattr(error, "problem", None) or str(error)
-        raise ConfigError(f"{path}{line}: this is no YAML ({why}).") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: this is no YAML ({error}).") from error
+    values = values_of(text, str(path))
     if not isinstance(values, dict):
         raise ConfigError(
             f"{path}: a run is keys and values, as `model: …` and `data: …`; this is "
             f"{type(values).__name__}."
         )
     return values
+
+
+def values_of(text: str, where: str) -> Any:
+    """What YAML says, read as a run's file is.
+
+    Raises:
+        ConfigError: it is none.
+        MissingExtraError: pyyaml is not installed.
+    """
+    try:
+        import yaml
+    except ImportError as error:
+        raise MissingExtraError("run files need pyyaml: pip install 'multigraft[train]'") from error
+    try:
+        return yaml.load(text, Loader=_loader(yaml))
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = "" if mark is None else f", line {mark.line + 1}"
+        why = getattr(error, "problem", None) or str(error)
+        raise ConfigError(f"{where}{line}: this is no YAML ({why}).") from error
 
 
 def _loader(yaml: Any) -> Any:

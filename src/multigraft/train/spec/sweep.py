@@ -47,8 +47,8 @@ def expanded(run: RunSpec) -> list[AdapterKeys]:
 def _combinations(sweep: dict[str, list[Any]]) -> list[dict[str, Any]]:
     for key, values in sweep.items():
         if key not in AdapterKeys.model_fields or key == "name":
-            hint = did_you_mean(key, AdapterKeys.model_fields)
-            raise ConfigError(f"`sweep`: `{key}` is no key of an adapter.{hint}")
+            hint = did_you_mean(key, [name for name in AdapterKeys.model_fields if name != "name"])
+            raise ConfigError(f"`sweep`: `{key}` is no key to sweep over.{hint}")
         if not values:
             raise ConfigError(f"`sweep`: `{key}` has no values. Give at least one.")
     return [dict(zip(sweep, each, strict=True)) for each in itertools.product(*sweep.values())]
