@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from multigraft import (
     TargetError,
     TrainingError,
 )
-from multigraft.train import Job, Progress, Recipe, load_model
+from multigraft.train import Job, Progress, Recipe, Watch, load_model
 from multigraft.train.recipe import LARGEST_SEED
 from tests.tiny_base import chat_rows, pair_rows, write_lines
 from tests.train.jobs import one, only
@@ -242,3 +243,40 @@ def test_a_run_interrupted_in_its_last_answers_is_saved(job, tmp_path, monkeypat
         ready.run()
     assert ready.rescue().startswith(f"all adapters are saved in {ready.job.output}")
     assert Path(ready.job.output, "adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"output": ""}, r"`output` \(=''\) must name"),
+        ({"output": "a\0b"}, r"`output` \(='a\\x00b'\) must name"),
+        ({"data": "a\0b"}, r"`data` \(='a\\x00b'\) must name"),
+        ({"watch": Watch(every=2)}, "there are none. Give `eval_data` or `eval_split`"),
+        ({"watch": Watch(measure="accuracy")}, "there are none. Give `eval_data` or `eval_split`"),
+    ],
+)
+def test_what_cannot_be_meant_is_told_before_anything_is_read(job, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        job(**changes).prepare()
+
+
+def test_names_that_differ_in_case_alone_would_share_a_folder(job):
+    (own,) = job().adapters
+    twins = [dataclasses.replace(own, name=name) for name in ("dates", "Dates")]
+    with pytest.raises(ConfigError, match="`dates` and `Dates` would share a folder"):
+        dataclasses.replace(job(), adapters=twins).prepare()
+
+
+def test_data_that_changed_is_not_resumed(job, tmp_path):
+    interrupted(job().prepare())
+    rows = [{**row, "completion": row["completion"][::-1]} for row in pair_rows()]
+    with pytest.raises(CheckpointError, match=r"`adapters.default.data.content` was"):
+        job(rows, resume=True).prepare()
+
+
+def test_a_run_that_replaces_another_leaves_none_of_its_checkpoints(job):
+    interrupted(job(recipe=Recipe(steps=9, seed=1)).prepare(), after=8)
+    interrupted(job(overwrite=True, recipe=Recipe(steps=9)).prepare(), after=2)
+    folder = Path(job().output, "checkpoints")
+    assert [path.name for path in folder.iterdir()] == ["round-000002"]
+    assert job(resume=True, recipe=Recipe(steps=9)).prepare().found.round == 2

@@ -15,7 +15,6 @@ from multigraft.cli.spec import name_or_mapping, settings
 from multigraft.train.spec.read import values_of
 
 SHORT = {"output": "-o", "rank": "-r"}
-AS_SETTINGS = (dict,)
 
 
 def with_flags(schema: type[BaseModel], function: Callable[..., None]) -> Callable[..., None]:
@@ -30,16 +29,12 @@ def with_flags(schema: type[BaseModel], function: Callable[..., None]) -> Callab
         flags = {name: given.pop(name) for name in schema.model_fields}
         function(**given, flags=flags)
 
-    parameters = [*(p.replace(kind=p.KEYWORD_ONLY) for p in own), *made]
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     hints = inspect.get_annotations(function, eval_str=True)
-    command.__annotations__ = {p.name: p.annotation for p in made} | {
-        p.name: hints[p.name] for p in own
-    }
+    own = [p.replace(kind=p.KEYWORD_ONLY, annotation=hints[p.name]) for p in own]
+    command.__annotations__ = {p.name: p.annotation for p in (*own, *made)}
     command.__name__, command.__doc__ = function.__name__, function.__doc__
-    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [p.replace(annotation=command.__annotations__[p.name]) for p in parameters]
-    )
+    # An attribute that inspect looks for and typeshed does not know.
+    command.__signature__ = inspect.Signature([*own, *made])  # type: ignore[attr-defined]
     return command
 
 

@@ -9,20 +9,22 @@ from typing import Any
 
 import typer
 
+from multigraft.train.spec import targets_of
+
 
 def names_or_expression(values: Sequence[str] | None) -> list[str] | str | None:
     """A list where there are only names, and commas between them; else one expression."""
     if not values:
         return None
-    names = [name.strip() for value in values for name in value.split(",")]
-    if values != ["all-linear"] and all(re.fullmatch(r"[\w.-]+", name) for name in names):
-        return names
-    if len(values) > 1:
+    found = [targets_of(value) for value in values]
+    if len(found) == 1:
+        return found[0]
+    if any(isinstance(each, str) for each in found):
         raise typer.BadParameter(
             f"{', '.join(map(repr, values))}: an expression stands alone; give several names, or "
             "one expression."
         )
-    return values[0]
+    return [name for each in found for name in each]
 
 
 def layers(value: str | None) -> list[int] | None:

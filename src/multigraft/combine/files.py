@@ -170,6 +170,7 @@ def _mapped(source: str) -> nn.Module:
     from multigraft.merging.base import local_folder, open_base
 
     model = open_base(local_folder(source)).model
+    # A plain module to the type checker: transformers is seen as Any.
     model.name_or_path = source  # type: ignore[assignment]
     return model
 

@@ -105,6 +105,7 @@ def _layer(is_lookup: bool, in_: int, out: int, dtype: torch.dtype) -> nn.Module
 def _hang(root: nn.Module, path: str, layer: nn.Module) -> None:
     *parents, name = path.split(".")
     for parent in parents:
+        # torch types a child as perhaps None; those here are ours.
         root = root._modules.setdefault(parent, Shell())  # type: ignore[assignment]
     root._modules[name] = layer
 

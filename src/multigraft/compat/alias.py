@@ -88,6 +88,7 @@ class Alias(importlib.metadata.DistributionFinder):
             return None
         if name not in MODULES:
             raise _absent_module(name)
+        # A loader by what it does, without the protocol's deprecated methods.
         return ModuleSpec(name, self, origin="multigraft.compat", is_package=True)  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:

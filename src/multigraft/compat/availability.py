@@ -40,6 +40,7 @@ def is_torch_tpu_available(check_device: bool = True) -> bool:
     if not check_device:
         return True
     try:
+        # For TPUs alone, and not among what development installs.
         import torch_xla.core.xla_model as xla  # type: ignore[import-not-found]
 
         xla.xla_device()

@@ -89,6 +89,7 @@ def keep_stage(
     leaving = _leaving(base, blocks, kept, index == 0, index == count - 1)
     stand_ins = []
     for _, parent, name in leaving:
+        # torch types a child as perhaps None; blocks are there.
         stand_in = parent._modules[name] = Elsewhere(parent._modules[name])  # type: ignore[arg-type]
         stand_ins.append(stand_in)
     left = {id(parameter) for parameter in base.parameters()}
@@ -223,5 +224,6 @@ def _joined(
         whole |= own
     named = [targets for targets, _ in parts if isinstance(targets, (list, set, tuple))]
     if len(named) == len(parts):  # each stage may have resolved its own
+        # Configs with targets alone come here.
         config.target_modules = sorted({t for targets in named for t in targets})  # type: ignore[attr-defined]
     return config, whole

@@ -70,6 +70,7 @@ class _Opened:
     def load(self, source: str) -> nn.Module:
         self.source = source
         self.base = open_base(local_folder(source))
+        # A plain module to the type checker: transformers is seen as Any.
         self.base.model.name_or_path = source  # type: ignore[assignment]
         return self.base.model
 

@@ -35,6 +35,8 @@ def launched(timeout: float, device: str) -> Iterator[Ranks | None]:
         ConfigError: there is no such device, or ``timeout`` is not positive.
         TrainingError: another process died, or did not answer in time.
     """
+    if not timeout > 0:
+        raise ConfigError(f"`timeout` (={timeout:g}) must be a positive number of seconds.")
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield None
         return

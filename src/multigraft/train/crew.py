@@ -61,8 +61,18 @@ class Crew:
         return value
 
 
-class Ranked(Crew):
-    """One of several processes.
+class Several(Crew):
+    """One of several processes."""
+
+    def agreed(self, value: Any) -> Any:
+        """Broadcast from the first one."""
+        held = [value]
+        torch.distributed.broadcast_object_list(held, src=0)
+        return held[0]
+
+
+class Ranked(Several):
+    """One of several processes that each have rows of their own.
 
     Args:
         ranks: this one, and how many there are.
@@ -71,7 +81,6 @@ class Ranked(Crew):
 
     def __init__(self, ranks: Ranks, replicas: Replicas) -> None:
         self.rank, self.size = ranks.rank, ranks.size
-        self._device = ranks.device
         self._replicas = replicas
 
     def sums(self, values: Tensor) -> list[float]:
@@ -86,14 +95,8 @@ class Ranked(Crew):
         trained = [p for lane in lanes for p in lane.parameters]
         self._replicas.reduce(1.0, trained)
 
-    def agreed(self, value: Any) -> Any:
-        """Broadcast from the first one."""
-        held = [value]
-        torch.distributed.broadcast_object_list(held, src=0)
-        return held[0]
 
-
-class Parted(Crew):
+class Parted(Several):
     """One of several processes that hold parts of every layer, and all see all rows.
 
     Args:
@@ -119,12 +122,6 @@ class Parted(Crew):
     def reduce(self, lanes: Iterable[Lane]) -> None:
         """What each process has of the gradients of whole factors is added up."""
         self._parallel.reduce()
-
-    def agreed(self, value: Any) -> Any:
-        """Broadcast from the first one."""
-        held = [value]
-        torch.distributed.broadcast_object_list(held, src=0)
-        return held[0]
 
 
 ALONE = Crew()

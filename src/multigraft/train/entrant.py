@@ -135,8 +135,8 @@ class Entrant:
             CheckpointError: it is another adapter's; nothing was changed.
         """
         self.lane.restore(tensors, values["lane"])
-        best = [t for name, t in tensors.items() if name.startswith("best.")]
-        self.best_values = _in_order(tensors, len(best)) if best else None
+        count = sum(name.startswith("best.") for name in tensors)
+        self.best_values = [tensors[f"best.{n}"] for n in range(count)] or None
         steps = self.lane.steps
         self.evaluations = [
             Evaluated(self.name, step, steps, found, is_best)
@@ -144,10 +144,6 @@ class Entrant:
         ]
         self.best, self.kept_step = values["best"], values["kept_step"]
         self.waited, self.end, self.message = values["waited"], values["end"], values["message"]
-
-
-def _in_order(tensors: Mapping[str, Tensor], count: int) -> list[Tensor]:
-    return [tensors[f"best.{n}"] for n in range(count)]
 
 
 def names_of(entrants: Sequence[Entrant]) -> list[str]:

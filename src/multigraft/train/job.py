@@ -17,6 +17,7 @@ from multigraft.containers import check_name
 from multigraft.errors import CheckpointError, ConfigError, TrainingError
 from multigraft.kbit import prepare_model_for_kbit_training
 from multigraft.model import PeftModel
+from multigraft.planning.skeleton import checkpoint_blocks
 from multigraft.train.company import LAID, check_strategy, crew_of
 from multigraft.train.dataset import DataSet, Loaded, Split, load_data, records_of
 from multigraft.train.entrant import Entrant
@@ -25,12 +26,12 @@ from multigraft.train.lane import Lane
 from multigraft.train.load import attach, load_tokenizer, pad_token
 from multigraft.train.log import LOG_NAME, UNFINISHED
 from multigraft.train.outcome import REPORT, Prepared
-from multigraft.train.output import check_output, refuse_to_replace
+from multigraft.train.output import check_apart, check_output, check_text, refuse_to_replace
 from multigraft.train.packing import check_packing
 from multigraft.train.quantised import check_format
 from multigraft.train.recipe import Recipe
 from multigraft.train.saves import FOLDER, Saves, found_in
-from multigraft.train.store import lengths_of
+from multigraft.train.store import fingerprint_of, lengths_of
 from multigraft.train.tasks import Task, described
 from multigraft.train.tasks.causal_lm import CausalLM
 from multigraft.train.trackers import TRACKERS, Tracking, tensorboard
@@ -73,6 +74,21 @@ class AdapterJob:
     packing: bool = False
     max_length: int = 1024
     on_bad_line: str = "fail"
+
+    def check(self) -> None:
+        """Fail when it cannot be read from anything, or is to be measured on nothing.
+
+        Raises:
+            ConfigError: it cannot, or is.
+        """
+        for source in self.sources:
+            check_text("data", source)
+        is_measured = self.eval_data is not None or self.eval_split is not None
+        if not is_measured and self.watch.needs_held_out:
+            raise ConfigError(
+                f"adapter `{self.name}`: `eval_every`, `patience` and `measure` say how held-out "
+                "examples are used, and there are none. Give `eval_data` or `eval_split`."
+            )
 
     @property
     def sources(self) -> list[str]:
@@ -159,7 +175,7 @@ class Job:
         Raises:
             MultigraftError: whichever of them does not fit; the output is untouched.
         """
-        self._check_names()
+        self._check()
         if self.quantize is not None:
             check_format(self.quantize)
         for name in self.log_to:
@@ -207,7 +223,7 @@ class Job:
         if self.quantize is not None:
             prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
         if self.gradient_checkpointing:
-            _checkpoint(base)
+            checkpoint_blocks(base)
         grown: nn.Module = base
         for adapter in self.adapters:
             seed, kind = adapter.recipe.seed, task.task_type
@@ -244,9 +260,9 @@ class Job:
         task = _plain(described(entrants[0].lane.task))
         adapters = {}
         for adapter, entrant in zip(self.adapters, entrants, strict=True):
-            lengths = lengths_of(entrant.lane.examples)
+            examples = entrant.lane.examples
             adapters[adapter.name] = {
-                "data": {"examples": len(lengths), "tokens": sum(lengths)},
+                "data": {"examples": len(examples), "content": fingerprint_of(examples)},
                 "config": _plain(adapter.config.to_dict()),
                 "recipe": _plain(dataclasses.asdict(adapter.recipe)),
                 "watch": dataclasses.asdict(adapter.watch),
@@ -264,7 +280,7 @@ class Job:
             )
         return found
 
-    def _check_names(self) -> None:
+    def _check(self) -> None:
         if not self.adapters:
             raise ConfigError("`adapters`: a run needs at least one.")
         names = [check_name(adapter.name) for adapter in self.adapters]
@@ -274,30 +290,17 @@ class Job:
                 f"`adapters`: the name {own!r} is that of files of the run's own, which lie beside "
                 "the adapters. Choose another one."
             )
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise ConfigError(f"`adapters`: two are called `{twice}`. Give each a name of its own.")
+        check_apart(names)
+        check_text("model", self.model)
+        check_text("output", self.output)
+        for adapter in self.adapters:
+            adapter.check()
         check_strategy(self.strategy, [adapter.config for adapter in self.adapters])
         if self.save_every < 0 or self.keep < 1:
             raise ConfigError(
                 f"`save_every` (={self.save_every}) must be at least 0 and `keep` (={self.keep}) "
                 "at least 1."
             )
-
-
-def _checkpoint(base: nn.Module) -> None:
-    """Let a base compute activations again, its frozen embeddings notwithstanding.
-
-    Raises:
-        ConfigError: it cannot.
-    """
-    enable = getattr(base, "gradient_checkpointing_enable", None)
-    if enable is None or not getattr(base, "supports_gradient_checkpointing", True):
-        raise ConfigError(
-            f"`gradient_checkpointing`: {type(base).__name__} does not support it. Leave it out, "
-            "and lower `batch_size`."
-        )
-    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _check_lengths(

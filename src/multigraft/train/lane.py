@@ -131,6 +131,7 @@ class Lane:
             own, first = crew.share(rows)
             batch = whole if len(own) == len(rows) else self._collated(own)
             weight = float(crew.takes(len(rows)))
+            first = first * whole.rows // len(rows)  # an example may be several rows of a batch
             found.append(Part(self, n, batch, whole, first, weight))
         return found
 

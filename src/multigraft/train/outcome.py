@@ -117,6 +117,8 @@ class Prepared:
                 on_event(event)
 
         self.process.on_event = tell
+        if self.found is None and self.crew.is_main:
+            self.saves.clear()  # those of a run that this one replaces
         before = self._exact_matches()
         try:
             self.process.go()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from multigraft.config import CONFIG_NAME
-from multigraft.errors import TrainingError
+from multigraft.errors import ConfigError, TrainingError
 from multigraft.train.saves import FOLDER, found_in
 
 
@@ -30,6 +30,34 @@ def refuse_to_replace(folders: Sequence[Path], output: Path, overwrite: bool) ->
             f"{output} holds an unfinished run. Go on with --resume (resume=True), or begin anew "
             "with --overwrite (overwrite=True)."
         )
+
+
+def check_text(key: str, value: str) -> None:
+    """Fail when this can name no file or directory.
+
+    Raises:
+        ConfigError: it is empty, or holds what no path does.
+    """
+    if not value.strip() or "\0" in value:
+        raise ConfigError(
+            f"`{key}` (={value!r}) must name a file, a directory or an id on the hub."
+        )
+
+
+def check_apart(names: Sequence[str]) -> None:
+    """Fail when two adapters would share a folder, also where letters' case does not count.
+
+    Raises:
+        ConfigError: they would.
+    """
+    known: dict[str, str] = {}
+    for name in names:
+        other = known.setdefault(name.casefold(), name)
+        if known[name.casefold()] is not name or names.count(name) > 1:
+            raise ConfigError(
+                f"`adapters`: `{other}` and `{name}` would share a folder, on some systems at "
+                "least. Give each a name of its own."
+            )
 
 
 def check_output(folder: Path) -> None:

@@ -51,6 +51,11 @@ class Watch:
                 "steps lie between them."
             )
 
+    @property
+    def needs_held_out(self) -> bool:
+        """Whether it says anything that held-out examples are needed for."""
+        return self.every is not None or self.patience is not None or self.measure != "loss"
+
     def is_due(self, step: int, steps: int) -> bool:
         """Whether there is an evaluation after this step."""
         return step >= steps or (self.every is not None and step % self.every == 0)

@@ -145,3 +145,29 @@ def test_a_file_that_is_no_run_is_told_with_its_line(tmp_path, text, message):
 def test_a_file_that_is_not_there_is_told(tmp_path):
     with pytest.raises(ConfigError, match=r"nope.yaml: the file cannot be read"):
         read_run(tmp_path / "nope.yaml")
+
+
+def test_what_stands_at_the_top_passes_by_methods_that_lack_it():
+    run = run_of({**LEAST, "rank": 4, "adapters": [{"name": "a"}, {"name": "b", "method": "ia3"}]})
+    first, second = job_of(run).adapters
+    assert (first.config.r, str(second.config.peft_type)) == (4, "IA3")
+    with pytest.raises(ConfigError, match=r"adapter `b`: `rank` \(=8\): ia3 has nothing"):
+        job_of(
+            run_of(
+                {**LEAST, "adapters": [{"name": "a"}, {"name": "b", "method": "ia3", "rank": 8}]}
+            )
+        )
+
+
+def test_a_mistake_in_one_of_several_names_the_adapter():
+    with pytest.raises(ConfigError, match=r"adapter `b`: .*`lr` \(=-1.0\)"):
+        job_of(run_of({**LEAST, "adapters": [{"name": "a"}, {"name": "b", "lr": -1.0}]}))
+
+
+def test_swept_values_that_make_no_short_name_go_by_their_number():
+    values = [{"use_dora": True}, {"use_dora": False}]
+    run = run_of({**LEAST, "sweep": {"config": values, "target_modules": ["q_proj", "." * 80]}})
+    names = [keys.name for keys in expanded(run)]
+    assert names[:2] == ["config1-target_modulesq_proj", "config1-target_modules2"]
+    with pytest.raises(ConfigError, match="`rank` has the value 4 twice"):
+        expanded(run_of({**LEAST, "sweep": {"rank": [4, 4]}}))

@@ -9,9 +9,18 @@ adapters:
   - {name: names, data: data/names.jsonl, lr: 1e-4, epochs: 5}
 """
 
-from multigraft.train.spec.job import job_of
+from multigraft.train.spec.job import job_of, targets_of
 from multigraft.train.spec.keys import AdapterKeys, AdapterSpec, RunSpec
 from multigraft.train.spec.read import read_run, run_of
 from multigraft.train.spec.sweep import expanded
 
-__all__ = ["AdapterKeys", "job_of", "AdapterSpec", "RunSpec", "expanded", "read_run", "run_of"]
+__all__ = [
+    "AdapterKeys",
+    "job_of",
+    "AdapterSpec",
+    "RunSpec",
+    "expanded",
+    "read_run",
+    "run_of",
+    "targets_of",
+]

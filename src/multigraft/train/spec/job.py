@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Collection
 from typing import Any
 
 from multigraft.auto import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -30,7 +31,7 @@ def job_of(run: RunSpec) -> Job:
     return Job(
         model=run.model,
         output=run.output,
-        adapters=tuple(_adapter(keys) for keys in expanded(run)),
+        adapters=_adapters(run),
         task=task_of(run.task),
         dtype=run.dtype,
         device=run.device,
@@ -46,8 +47,11 @@ def job_of(run: RunSpec) -> Job:
     )
 
 
-def config_of(keys: AdapterKeys) -> PeftConfig:
+def config_of(keys: AdapterKeys, defaults: Collection[str] = ()) -> PeftConfig:
     """The config of the adapter.
+
+    Args:
+        defaults: keys that are asked of every adapter, and pass by a method that lacks them.
 
     Raises:
         ConfigError: its method is unknown, or does not have what is asked of it.
@@ -68,10 +72,13 @@ def config_of(keys: AdapterKeys) -> PeftConfig:
         own = next((name for name in NAMES[key] if name in fields), None)
         if own is not None:
             values[own] = value
-        elif key in keys.model_fields_set:
-            raise ConfigError(f"`{key}` (={value!r}): {keys.method} has nothing of the kind.")
+        elif key in keys.model_fields_set and key not in defaults:
+            raise ConfigError(
+                f"`{key}` (={value!r}): {keys.method} has nothing of the kind. Leave it out, or "
+                "give it to the adapters that it is for."
+            )
     if "target_modules" in fields:
-        values["target_modules"] = names_or_expression(keys.target_modules)
+        values["target_modules"] = targets_of(keys.target_modules)
     unknown = next((name for name in keys.config if name not in fields), None)
     if unknown is not None:
         raise ConfigError(
@@ -86,7 +93,7 @@ def config_of(keys: AdapterKeys) -> PeftConfig:
     return config
 
 
-def names_or_expression(value: str | list[str] | None) -> str | list[str] | None:
+def targets_of(value: str | list[str] | None) -> str | list[str] | None:
     """A list where there are only names, and commas between them; else one expression."""
     if not isinstance(value, str) or value == "all-linear":
         return value
@@ -94,14 +101,32 @@ def names_or_expression(value: str | list[str] | None) -> str | list[str] | None
     return names if all(re.fullmatch(r"[\w.-]+", name) for name in names) else value
 
 
-def _adapter(keys: AdapterKeys) -> AdapterJob:
+def _adapters(run: RunSpec) -> tuple[AdapterJob, ...]:
+    """All of them; what is wrong with one of several is told with its name."""
+    asked = expanded(run)
+    of_all = {key for key in NAMES if key in run.model_fields_set}
+    found = []
+    for keys in asked:
+        # With several methods at work, what stands at the top is for those that know it.
+        same = {key for key in of_all if getattr(keys, key) == getattr(run, key)}
+        defaults = same if len({each.method for each in asked}) > 1 else set()
+        try:
+            found.append(_adapter(keys, defaults))
+        except ConfigError as error:
+            if len(asked) == 1 or f"`{keys.name}`" in str(error):
+                raise
+            raise ConfigError(f"adapter `{keys.name}`: {error}") from error
+    return tuple(found)
+
+
+def _adapter(keys: AdapterKeys, defaults: Collection[str]) -> AdapterJob:
     if keys.data is None:
         raise ConfigError(
             f"adapter `{keys.name}` has no `data`. Give it with the adapter, or at the top for all."
         )
     return AdapterJob(
         data=keys.data,
-        config=config_of(keys),
+        config=config_of(keys, defaults),
         recipe=Recipe(**{key: getattr(keys, key) for key in RECIPE}),
         name=keys.name,
         eval_data=keys.eval_data,

@@ -10,6 +10,8 @@ from multigraft.train.spec.keys import AdapterKeys, RunSpec
 
 MOST = 256
 """Adapters that a sweep may come to."""
+SHORT = 24
+"""Letters of a value that go into an adapter's name."""
 
 
 def expanded(run: RunSpec) -> list[AdapterKeys]:
@@ -37,7 +39,7 @@ def expanded(run: RunSpec) -> list[AdapterKeys]:
                 "over fewer values, or in several runs."
             )
         given = [
-            {**own, **values, "name": _named(own.get("name", "default"), values)}
+            {**own, **values, "name": _named(own.get("name", "default"), values, run.sweep)}
             for own in given
             for values in combinations
         ]
@@ -51,16 +53,23 @@ def _combinations(sweep: dict[str, list[Any]]) -> list[dict[str, Any]]:
             raise ConfigError(f"`sweep`: `{key}` is no key to sweep over.{hint}")
         if not values:
             raise ConfigError(f"`sweep`: `{key}` has no values. Give at least one.")
+        twice = next((value for value in values if values.count(value) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"`sweep`: `{key}` has the value {twice!r} twice. Give it once.")
     return [dict(zip(sweep, each, strict=True)) for each in itertools.product(*sweep.values())]
 
 
-def _named(name: str, values: dict[str, Any]) -> str:
-    """A name that says what sets the adapter apart: ``dates-rank8-lr0.0001``."""
+def _named(name: str, values: dict[str, Any], sweep: dict[str, list[Any]]) -> str:
+    """A name that says what sets the adapter apart: ``dates-rank8-lr0.0001``.
+
+    Values that make no short name go by their number: ``config2``.
+    """
     parts = [] if name == "default" else [name]
     for key, value in values.items():
         text = f"{value:g}" if isinstance(value, float) else str(value)
         plain = "".join(c if c.isalnum() or c in "._" else "_" for c in text).strip("._")
-        parts.append(f"{key}{plain}")
+        is_short = isinstance(value, (str, int, float)) and 0 < len(plain) <= SHORT
+        parts.append(f"{key}{plain if is_short else sweep[key].index(value) + 1}")
     return "-".join(parts)
 
 
