@@ -16,15 +16,18 @@ def names_or_expression(values: Sequence[str] | None) -> list[str] | str | None:
     """A list where there are only names, and commas between them; else one expression."""
     if not values:
         return None
-    found = [targets_of(value) for value in values]
-    if len(found) == 1:
-        return found[0]
-    if any(isinstance(each, str) for each in found):
-        raise typer.BadParameter(
-            f"{', '.join(map(repr, values))}: an expression stands alone; give several names, or "
-            "one expression."
-        )
-    return [name for each in found for name in each]
+    if len(values) == 1:
+        return targets_of(values[0])
+    names: list[str] = []
+    for value in values:
+        own = targets_of(value)
+        if not isinstance(own, list):
+            raise typer.BadParameter(
+                f"{', '.join(map(repr, values))}: an expression stands alone; give several names, "
+                "or one expression."
+            )
+        names += own
+    return names
 
 
 def layers(value: str | None) -> list[int] | None:
